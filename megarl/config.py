@@ -1,0 +1,205 @@
+"""Every knob of a run: its meaning, its unit, its check. Configurations are frozen; unknown keys are refused.
+
+A run is one YAML file plus `a.b=c` overrides. `PpoRun`, `SftRun` and `RewardRun` share the sections of `Run`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A group of knobs: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ParallelConfig(Section):
+    """How one model is spread over ranks; data parallelism is what the world leaves over."""
+
+    tensor: Positive = 1  # tensor-parallel ranks a model
+    pipeline: Positive = 1  # pipeline stages a model
+    sequence: bool = False  # sequence parallelism: activations between tensor-parallel regions are split along tokens
+    microbatch_size: Positive = 8  # sequences a forward pass of one data-parallel replica
+    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward
+    distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks (ZeRO-1)
+    logits_bytes: Positive = 256 << 20  # largest block of float32 logits a rank ever holds
+    timeout_s: Positive = 600  # a collective that takes longer fails the run
+
+
+class OptimizerConfig(Section):
+    """Adam with decoupled weight decay, warm-up and decay (semantics section 6)."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    min_lr_ratio: Fraction = 0.0  # learning rate at the end of a decay, as a part of lr
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NotNegative = 0  # optimizer steps of linear warm-up
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 turns clipping off
+
+
+class ModelConfig(Section):
+    """Where a model's weights come from."""
+
+    path: Path  # Hugging Face directory, or a megarl checkpoint of an earlier stage
+    random_init: bool = False  # use only the directory's config.json and start from random weights
+
+
+class TrainedModelConfig(ModelConfig):
+    """A model that learns."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and whether it continues from what is there."""
+
+    every_steps: NotNegative = 0  # 0: only at the end
+    keep_last: Positive = 2
+    resume: bool = True  # continue from the newest complete checkpoint in output_dir
+
+
+class LogConfig(Section):
+    """Where metrics go beside `metrics.jsonl` and the terminal."""
+
+    tensorboard: bool = False
+    wandb_project: str | None = None  # needs the package wandb and WANDB_API_KEY (or wandb's offline mode)
+    samples: NotNegative = 2  # rollouts written to samples.jsonl a step
+
+
+class Run(Section):
+    """What every stage of the course has."""
+
+    output_dir: Path
+    seed: NotNegative = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    tokenizer: Path  # sentencepiece .model file or Hugging Face directory
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+class PromptData(Section):
+    """A JSONL file of prompts, one object a line, with `prompt` (text) or `messages`, and `answer` where a verifier needs one."""
+
+    path: Path
+    max_prompt_tokens: Positive = 512
+    overlong: Literal["refuse", "skip", "truncate_left"] = "refuse"  # what happens to a longer prompt
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    chat_template: bool = False  # render `messages` (or the prompt as a user turn) through the tokenizer's template
+
+
+class RolloutConfig(Section):
+    """How responses are sampled by vLLM."""
+
+    tensor_parallel: Positive = 1  # tensor-parallel ranks a generator replica
+    prompts_per_step: Positive = 64
+    samples_per_prompt: Positive = 1
+    max_response_tokens: Positive = 128
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    kv_cache_bytes: NotNegative = 0  # a rank, for vLLM's KV cache; 0: a part of the GPU (gpu_memory_fraction) or 256 MiB on a CPU
+    gpu_memory_fraction: Fraction = 0.5
+    eager: bool = False  # True: no CUDA graphs
+    parity_tolerance: Annotated[float, Field(gt=0)] = 0.2  # largest mean |rollout - trainer log-prob| of a step before the run stops
+
+
+class RewardPart(Section):
+    """One term of the weighted reward sum. `model` scores with a trained reward model, `exact` compares with the answer."""
+
+    kind: Literal["exact", "model"]
+    weight: float = 1.0
+    path: Path | None = None  # reward model: a megarl checkpoint
+
+
+class KlConfig(Section):
+    """KL against the reference, taken off the reward (semantics section 1)."""
+
+    coef: Annotated[float, Field(ge=0)] = 0.05
+    estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
+    target: Annotated[float, Field(gt=0)] | None = None  # with a target the coefficient adapts (Ziegler et al. 2019)
+    horizon: Positive = 10000  # sequences
+
+
+class PpoConfig(Section):
+    """The algorithm (semantics sections 1 to 4 and 6)."""
+
+    total_steps: Positive
+    num_epochs: Positive = 1
+    minibatch_size: Positive  # sequences an optimizer step, over all data-parallel ranks
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_fixed"] = "token_mean"
+    whiten: bool = True
+    critic_warmup_steps: NotNegative = 0
+    reward_clip: Annotated[float, Field(gt=0)] | None = None
+    bootstrap_truncated: bool = False
+    kl: KlConfig = KlConfig()
+
+
+class EvalConfig(Section):
+    """Greedy accuracy on held-out prompts, at the start, every N steps and at the end."""
+
+    path: Path
+    every_steps: NotNegative = 0
+    num_prompts: Positive = 256
+
+
+class PpoRun(Run):
+    """`megarl ppo CONFIG`"""
+
+    actor: TrainedModelConfig
+    critic: TrainedModelConfig
+    reference: ModelConfig | None = None  # default: the actor's start
+    rewards: tuple[RewardPart, ...]
+    data: PromptData
+    rollout: RolloutConfig
+    ppo: PpoConfig
+    eval: EvalConfig | None = None
+
+
+class LessonData(Section):
+    """Demonstrations (`prompt`/`response` or `messages`) or preferences (`prompt`/`chosen`/`rejected`), JSONL."""
+
+    path: Path
+    eval_path: Path | None = None
+    max_tokens: Positive = 2048
+    overlong: Literal["refuse", "skip", "truncate"] = "refuse"
+    chat_template: bool = False
+
+
+class LessonConfig(Section):
+    """How long a supervised lesson lasts."""
+
+    total_steps: Positive
+    batch_size: Positive = 128  # examples an optimizer step, over all data-parallel ranks
+    eval_every_steps: NotNegative = 0
+
+
+class SftRun(Run):
+    """`megarl sft CONFIG`"""
+
+    model: TrainedModelConfig
+    data: LessonData
+    train: LessonConfig
+
+
+class RewardRun(Run):
+    """`megarl reward CONFIG`"""
+
+    model: TrainedModelConfig
+    data: LessonData
+    train: LessonConfig

@@ -1,0 +1,46 @@
+"""Mistakes a user can make. Every message says what was found, what was expected and which key or file to change.
+
+The command line prints these as one line and exits with `exit_code`; anything else is a programmer's mistake and keeps its traceback.
+"""
+
+
+class MegarlError(Exception):
+    """Base of all user-facing errors. The command line prints the message alone, on every kind of failure."""
+
+    exit_code = 2
+
+
+class ConfigError(MegarlError):
+    """A configuration file or override is wrong. `faults` holds one sentence for each fault found, all reported together."""
+
+    def __init__(self, faults: "str | list[str]"):
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class LayoutError(MegarlError):
+    """The parallel layout does not fit the world size or the model."""
+
+
+class DataError(MegarlError):
+    """A dataset or tokenizer file is missing or malformed: file, line, reason."""
+
+
+class WeightMapError(MegarlError):
+    """A Hugging Face directory, a family table and a model disagree about a tensor."""
+
+
+class CheckpointError(MegarlError):
+    """A checkpoint is missing, incomplete or belongs to another model or layout."""
+
+
+class RolloutError(MegarlError):
+    """The sampler could not start, or returned something that is not a completion."""
+
+
+class RewardError(MegarlError):
+    """A reward could not be computed or is not a finite number."""
+
+
+class SetupError(MegarlError):
+    """This machine cannot run megarl as asked: a missing package, device, directory or amount of disk."""

@@ -1,0 +1,124 @@
+"""The records a sample becomes, in order: Prompt -> RolloutRequest -> Completion -> Trajectory -> RolloutBatch -> Experience.
+
+Axis letters: P prompt tokens, R response tokens, B sequences of one data-parallel replica, T tokens of the padded batch.
+Per-token tensors are `[B, T]`; entry t speaks about token t (the log-probability *of* token t, the value *before* choosing
+token t). Sequences are right-padded; per-token values are 0 wherever `response_mask` is False.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. `temperature` 0 means greedy. `stop_token_ids` end a response and belong to it."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt set. `prompt_id` is its position in the epoch-independent file order."""
+
+    prompt_id: int
+    token_ids: tuple[int, ...]
+    answer: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One response to sample. Requests with equal fields give equal completions, whoever samples them."""
+
+    prompt_id: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled response. `rollout_logprobs` speak of the tempered distribution it was drawn from."""
+
+    prompt_id: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]
+    finish_reason: str  # "stop" or "length"
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A prompt, one response to it, and what the response earned. `reward` is the weighted sum of `reward_parts`."""
+
+    prompt: Prompt
+    completion: Completion
+    reward: float
+    reward_parts: dict[str, float] = field(default_factory=dict)
+
+
+class TensorRecord:
+    """Shared behaviour of records whose fields are tensors with one row a sequence."""
+
+    def rows(self, index: torch.Tensor):
+        """The record with only the rows `index` (i64[n] or bool[B]), in that order."""
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+
+@dataclass(frozen=True)
+class TokenBatch(TensorRecord):
+    """What a model needs to read a batch: i64[B, T] right-padded tokens and i64[B] lengths."""
+
+    token_ids: torch.Tensor  # i64[B, T]
+    lengths: torch.Tensor  # i64[B]
+
+
+@dataclass(frozen=True)
+class RolloutBatch(TokenBatch):
+    """Sampled sequences of one data-parallel replica, padded to a common T."""
+
+    response_mask: torch.Tensor  # bool[B, T]: tokens the policy chose
+    rollout_logprobs: torch.Tensor  # f32[B, T]
+    rewards: torch.Tensor  # f32[B]
+    truncated: torch.Tensor  # bool[B]: the length limit cut the response
+    group_ids: torch.Tensor  # i64[B]: equal for samples of one prompt
+    sample_ids: torch.Tensor  # i64[B]: position in the whole rollout, unique across all replicas
+
+
+@dataclass(frozen=True)
+class Experience(RolloutBatch):
+    """A rollout batch with what every model says about it and the credit each token gets."""
+
+    old_logprobs: torch.Tensor  # f32[B, T]
+    ref_logprobs: torch.Tensor  # f32[B, T]
+    values: torch.Tensor  # f32[B, T]
+    token_rewards: torch.Tensor  # f32[B, T]
+    advantages: torch.Tensor  # f32[B, T]
+    returns: torch.Tensor  # f32[B, T]
+
+
+@dataclass(frozen=True)
+class DemonstrationBatch(TokenBatch):
+    """Prompt and response pairs to imitate. `loss_mask` marks the tokens that are learned."""
+
+    loss_mask: torch.Tensor  # bool[B, T]
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(TensorRecord):
+    """Two responses to one prompt, each a whole sequence (prompt and response); row i of both sides is pair i."""
+
+    chosen_ids: torch.Tensor  # i64[B, T]
+    chosen_lengths: torch.Tensor  # i64[B]
+    rejected_ids: torch.Tensor  # i64[B, T]
+    rejected_lengths: torch.Tensor  # i64[B]
