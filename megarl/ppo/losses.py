@@ -1,0 +1,98 @@
+"""The losses of PPO, per token, and how tokens become one number. Pure.
+
+Axis letters: B sequences, T tokens of the padded batch. Losses come back per token so that any cut of a minibatch into ranks and
+microbatches can be added up: `aggregate` divides by a denominator counted once over the whole minibatch, on all data-parallel
+ranks (`count_for` on each, summed). Semantics sections 3 and 4.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megarl.config import PpoConfig
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum_fixed"]
+LARGEST_LOG_RATIO = 20.0  # exp stays finite in every float format
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, config: PpoConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate loss of every response token, and what to watch about it.
+
+    Uses `clip_low`, `clip_high` and `dual_clip` of `config`. Gradients flow into `logprobs` only.
+    Shapes: four [B, T] (mask bool); returns f32[B, T] and detached f32[B, T] diagnostics, all 0 where the mask is False:
+    `ratio` new over old probability, `clipped` 1 where the clip decides, `old_kl` k3 estimate of KL(old || new).
+    Source: semantics section 3; Schulman et al. (2017); dual clip after Ye et al. (2020).
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    advantages = torch.where(mask, advantages, 0.0)
+    free = -advantages * ratio
+    held = -advantages * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = torch.maximum(free, held)
+    if config.dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -config.dual_clip * advantages), loss)
+    with torch.no_grad():
+        chosen = mask.to(ratio.dtype)
+        diagnostics = {
+            "ratio": ratio.detach() * chosen,
+            "clipped": (held > free).to(ratio.dtype) * chosen,
+            "old_kl": (torch.expm1(log_ratio.detach().clamp(max=LARGEST_LOG_RATIO)) - log_ratio.detach()) * chosen,
+        }
+    return loss, diagnostics
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, value_clip: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error of every response token, the worse of free and clipped, and what to watch about it.
+
+    `value_clip` None means no clipping. Gradients flow into `values` only. Aggregate with `token_mean`.
+    Shapes: four [B, T] (mask bool); returns f32[B, T] and the detached diagnostic `clipped` f32[B, T], 0 where the mask is False.
+    Source: semantics section 4; the clip is OpenAI baselines' (Engstrom et al. 2020 study it).
+    """
+    error = torch.where(mask, values - returns, 0.0).square()
+    if value_clip is None:
+        return error / 2, {"clipped": torch.zeros_like(error)}
+    held = torch.maximum(torch.minimum(values, old_values + value_clip), old_values - value_clip)
+    held_error = torch.where(mask, held - returns, 0.0).square()
+    return torch.maximum(error, held_error) / 2, {"clipped": (held_error > error).to(error.dtype)}
+
+
+def entropy_loss(entropy: Tensor, mask: Tensor, coef: float) -> Tensor:
+    """Minus the entropy bonus of every response token, to be added to the policy loss.
+
+    Shapes: `entropy` f32[B, T] in nats, `mask` bool[B, T]; returns f32[B, T], 0 where the mask is False. Source: semantics section 3.
+    """
+    return torch.where(mask, -coef * entropy, 0.0)
+
+
+def count_for(aggregation: Aggregation, mask: Tensor, fixed_length: int) -> Tensor:
+    """This rank's part of the denominator of `aggregate`, f64 scalar: sum it over all data-parallel ranks of the minibatch.
+
+    Response tokens for `token_mean`; sequences that have a response for `sequence_mean`; those times `fixed_length` (the length
+    limit of a response, tokens) for `sequence_sum_fixed`. `mask` bool[B, T] covers the rank's whole share of the minibatch.
+    """
+    if aggregation == "token_mean":
+        return mask.sum().double()
+    sequences = mask.any(1).sum().double()
+    if aggregation == "sequence_mean":
+        return sequences
+    if aggregation == "sequence_sum_fixed":
+        return sequences * fixed_length
+    raise AssertionError(f"unknown aggregation {aggregation}")
+
+
+def aggregate(token_losses: Tensor, mask: Tensor, aggregation: Aggregation, denominator: Tensor | float) -> Tensor:
+    """What these sequences add to the loss of the minibatch (scalar). The sum over all pieces of the minibatch is the loss.
+
+    `denominator` is the sum of `count_for` over the whole minibatch: never the count of this piece alone.
+    Shapes: `token_losses` f32[B, T], `mask` bool[B, T]. Source: semantics section 3; `sequence_sum_fixed` after Liu et al. (2025).
+    """
+    token_losses = torch.where(mask, token_losses, 0.0)
+    sums = token_losses.sum(1)
+    if aggregation == "sequence_mean":
+        sums = sums / mask.sum(1).clamp(min=1)
+    return sums.sum() / torch.as_tensor(denominator, dtype=sums.dtype, device=sums.device)
