@@ -6,17 +6,34 @@ A run is one YAML file plus `a.b=c` overrides. `PpoRun`, `SftRun` and `RewardRun
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("a path that is not empty")
+    return value
+
+
+def _expand_user(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # "~name" of somebody this machine does not know
+        raise ValueError("a path whose ~ names a user of this machine") from error
+
+
+# A leading ~ is expanded; relative paths count from the current directory.
+UserPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expand_user)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
     """A group of knobs: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ParallelConfig(Section):
@@ -40,8 +57,8 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NotNegative = 0  # optimizer steps of linear warm-up
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-5
     clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 turns clipping off
 
@@ -49,7 +66,8 @@ class OptimizerConfig(Section):
 class ModelConfig(Section):
     """Where a model's weights come from."""
 
-    path: Path  # Hugging Face directory, or a megarl checkpoint of an earlier stage
+    path: UserPath  # Hugging Face directory, or a megarl checkpoint of an earlier stage
+    shape: UserPath | None = None  # directory whose config.json `path` must agree with; lets --check count before the weights are there
     random_init: bool = False  # use only the directory's config.json and start from random weights
 
 
@@ -75,13 +93,25 @@ class LogConfig(Section):
     samples: NotNegative = 2  # rollouts written to samples.jsonl a step
 
 
+class ClusterConfig(Section):
+    """The machines a run is written for. `--check` counts with them; a real run refuses to start on another number of ranks."""
+
+    nodes: Positive = 1
+    ranks_per_node: Positive = 8  # one a GPU
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
 class Run(Section):
     """What every stage of the course has."""
 
-    output_dir: Path
+    output_dir: UserPath
     seed: NotNegative = 0
     precision: Literal["bf16", "fp32"] = "bf16"
-    tokenizer: Path  # sentencepiece .model file or Hugging Face directory
+    tokenizer: UserPath  # sentencepiece .model file or Hugging Face directory
+    cluster: ClusterConfig | None = None  # none: as many ranks as there are
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -90,7 +120,7 @@ class Run(Section):
 class PromptData(Section):
     """A JSONL file of prompts, one object a line, with `prompt` (text) or `messages`, and `answer` where a verifier needs one."""
 
-    path: Path
+    path: UserPath
     max_prompt_tokens: Positive = 512
     overlong: Literal["refuse", "skip", "truncate_left"] = "refuse"  # what happens to a longer prompt
     prompt_key: str = "prompt"
@@ -107,7 +137,7 @@ class RolloutConfig(Section):
     max_response_tokens: Positive = 128
     temperature: Annotated[float, Field(gt=0)] = 1.0
     kv_cache_bytes: NotNegative = 0  # a rank, for vLLM's KV cache; 0: a part of the GPU (gpu_memory_fraction) or 256 MiB on a CPU
-    gpu_memory_fraction: Fraction = 0.5
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     eager: bool = False  # True: no CUDA graphs
     parity_tolerance: Annotated[float, Field(gt=0)] = 0.2  # largest mean |rollout - trainer log-prob| of a step before the run stops
 
@@ -117,7 +147,8 @@ class RewardPart(Section):
 
     kind: Literal["exact", "model"]
     weight: float = 1.0
-    path: Path | None = None  # reward model: a megarl checkpoint
+    path: UserPath | None = None  # reward model: a megarl checkpoint
+    shape: UserPath | None = None  # as for the other models
 
 
 class KlConfig(Section):
@@ -153,7 +184,7 @@ class PpoConfig(Section):
 class EvalConfig(Section):
     """Greedy accuracy on held-out prompts, at the start, every N steps and at the end."""
 
-    path: Path
+    path: UserPath
     every_steps: NotNegative = 0
     num_prompts: Positive = 256
 
@@ -174,8 +205,8 @@ class PpoRun(Run):
 class LessonData(Section):
     """Demonstrations (`prompt`/`response` or `messages`) or preferences (`prompt`/`chosen`/`rejected`), JSONL."""
 
-    path: Path
-    eval_path: Path | None = None
+    path: UserPath
+    eval_path: UserPath | None = None
     max_tokens: Positive = 2048
     overlong: Literal["refuse", "skip", "truncate"] = "refuse"
     chat_template: bool = False
