@@ -10,8 +10,8 @@ from megarl.errors import CheckpointError
 class TrainState:
     """Progress at the start of step `step`: this many steps are finished.
 
-    `policy_version` counts the policies published to the sampler (the starting weights are version 0), `prompts_consumed` the prompts of all
-    data-parallel ranks together (a supervised lesson counts its examples or pairs), `kl_coef` is the coefficient the next step uses.
+    `policy_version` counts the policies published to the sampler (the starting weights are version 0), `prompts_consumed` the prompts of
+    all data-parallel ranks together (a supervised lesson counts its examples or pairs), `kl_coef` is the coefficient the next step uses.
     """
 
     step: int = 0
@@ -39,9 +39,10 @@ class TrainState:
         names = {f.name for f in fields(cls)}
         if not isinstance(value, dict) or set(value) != names:
             found = sorted(value) if isinstance(value, dict) else type(value).__name__
-            raise CheckpointError(f"train state holds {found}; expected the fields {sorted(names)}: the checkpoint is of another megarl version")
+            raise CheckpointError(f"train state holds {found}; expected {sorted(names)}: the checkpoint is of another megarl version")
         for f in fields(cls):
-            kind = int if f.type in (int, "int") else (int, float)
-            if isinstance(value[f.name], bool) or not isinstance(value[f.name], kind) or not math.isfinite(value[f.name]) or value[f.name] < 0:
-                raise CheckpointError(f"train state {f.name} is {value[f.name]!r}; expected a number that is not negative")
+            kinds = (int,) if f.type is int else (int, float)
+            number = value[f.name]
+            if isinstance(number, bool) or not isinstance(number, kinds) or not math.isfinite(number) or number < 0:
+                raise CheckpointError(f"train state {f.name} is {number!r}; expected a number that is not negative")
         return cls(**value)

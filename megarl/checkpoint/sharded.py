@@ -1,0 +1,167 @@
+"""Tensors on disk: safetensors files written one tensor at a time, and whole tensors put together again from pieces of many files.
+
+A *box* is one `(offset, size)` pair an axis, in Hugging Face coordinates of the named tensor.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Box = tuple[tuple[int, int], ...]
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor that a safetensors file will hold."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Size and SHA-256 of a file as it was written."""
+
+    num_bytes: int
+    sha256: str
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that covers a tensor of this shape."""
+    return tuple((0, size) for size in shape)
+
+
+def volume(box: Box) -> int:
+    """Number of elements in a box."""
+    return math.prod(size for _, size in box)
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """The box two boxes of one tensor share, or None."""
+    shared = []
+    for (a_offset, a_size), (b_offset, b_size) in zip(a, b, strict=True):
+        low, high = max(a_offset, b_offset), min(a_offset + a_size, b_offset + b_size)
+        if low >= high:
+            return None
+        shared.append((low, high - low))
+    return tuple(shared)
+
+
+def slices_in(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Indices of `box` inside a tensor that holds exactly `outer`."""
+    return tuple(slice(offset - start, offset - start + size) for (offset, size), (start, _) in zip(box, outer, strict=True))
+
+
+def cover_faults(shapes: Mapping[str, tuple[int, ...]], boxes: Iterable[tuple[str, Box]]) -> list[str]:
+    """What is wrong when `boxes` should cover every element of every tensor in `shapes` exactly once. Empty when nothing is."""
+    held: dict[str, list[Box]] = {name: [] for name in shapes}
+    faults = []
+    for name, box in boxes:
+        if name not in held:
+            faults.append(f"{name} is not in the table of this model")
+        elif len(box) != len(shapes[name]) or any(o < 0 or n < 1 or o + n > size for (o, n), size in zip(box, shapes[name], strict=False)):
+            faults.append(f"a piece of {name} has the box {box}, outside the shape {tuple(shapes[name])}")
+        else:
+            held[name].append(box)
+    for name, pieces in held.items():
+        expected, found = math.prod(shapes[name]), sum(volume(box) for box in pieces)
+        if found < expected:
+            faults.append(f"{name} has {found} of {expected} elements")
+        elif found > expected or any(intersect(a, b) for i, a in enumerate(pieces) for b in pieces[:i]):
+            faults.append(f"{name} has elements that are held twice")
+    return faults
+
+
+def write_tensors(
+    path: Path, entries: Sequence[TensorEntry], produce: Callable[[TensorEntry], torch.Tensor], metadata: dict[str, str] | None = None
+) -> WrittenFile:
+    """Write a safetensors file of `entries`, asking `produce` for one tensor after the other; returns its size and hash.
+
+    Only one tensor is held at a time. The file is flushed to disk before this returns. Tensors of wide types come first, so that every
+    tensor is aligned. Format: https://github.com/huggingface/safetensors#format
+    """
+    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for entry in ordered:
+        header[entry.key] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, offset + entry.num_bytes]}
+        offset += entry.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        for block in (len(text).to_bytes(8, "little"), text):
+            _write_all(file, block)
+            digest.update(block)
+        for entry in ordered:
+            tensor = produce(entry)
+            if tuple(tensor.shape) != tuple(entry.shape):
+                raise ValueError(f"{entry.key} has the shape {tuple(tensor.shape)}; its entry says {entry.shape}")
+            raw = memoryview(tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8).numpy())
+            for start in range(0, len(raw), BLOCK_BYTES):
+                block = raw[start : start + BLOCK_BYTES]
+                _write_all(file, block)
+                digest.update(block)
+        os.fsync(file.fileno())
+    return WrittenFile(8 + len(text) + offset, digest.hexdigest())
+
+
+def write_text(path: Path, text: str) -> WrittenFile:
+    """Write a small text file and flush it to disk."""
+    data = text.encode()
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, data)
+        os.fsync(file.fileno())
+    return WrittenFile(len(data), hashlib.sha256(data).hexdigest())
+
+
+def measure(path: Path) -> WrittenFile:
+    """Size and SHA-256 of a file as it is on disk now."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            num_bytes += len(block)
+    return WrittenFile(num_bytes, digest.hexdigest())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(file, block: bytes | memoryview) -> None:
+    """Unbuffered writes may be short; a full disk raises on the write that finds no room."""
+    view = memoryview(block)
+    while view:
+        view = view[file.write(view) :]

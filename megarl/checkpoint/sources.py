@@ -1,0 +1,213 @@
+"""Where weights are read from: a Hugging Face directory or a megarl checkpoint, both seen as named tensors of which boxes can be read."""
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+import json
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megarl.checkpoint import manifest as manifests
+from megarl.checkpoint.manifest import Manifest, StoredTensor
+from megarl.checkpoint.sharded import DTYPES, Box, intersect, slices_in, volume, whole
+from megarl.errors import CheckpointError, WeightMapError
+from megarl.models.family import ModelSpec, read_spec
+from megarl.models.pieces import TensorSource
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SCORE = "score.weight"
+SCORE_SEED = 20201  # every rank, run and resume starts from the same random head
+
+
+class SafetensorsSource:
+    """Tensors of a Hugging Face directory, sharded or single. Reads only the asked boxes; files are memory-mapped, never loaded whole.
+
+    Raises `WeightMapError` for a directory without safetensors files, a weight map that leaves the directory, and a missing tensor.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self._files: dict[str, safe_open] = {}
+        self._file_of = self._read_index()
+
+    def names(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._slice(name).get_dtype()]
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a tensor."""
+        if name not in self._file_of:
+            where = INDEX if (self.directory / INDEX).is_file() else SINGLE
+            raise WeightMapError(f"{self.directory / where}: tensor {name} is missing; the model's config.json asks for it")
+        return self._file_of[name]
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The elements of `box`, in the stored dtype, on the CPU."""
+        part = self._slice(name)
+        shape = tuple(part.get_shape())
+        if len(shape) != len(box) or any(offset + size > full for (offset, size), full in zip(box, shape, strict=True)):
+            expected = [offset + size for offset, size in box]
+            raise WeightMapError(f"{self.directory / self._file_of[name]}: {name} has shape {list(shape)}; expected at least {expected}")
+        return part[slices_in(box, whole(shape))]
+
+    def _slice(self, name: str):
+        file = self.file_of(name)
+        try:
+            return self._open(file).get_slice(name)
+        except SafetensorError as error:
+            raise WeightMapError(f"{self.directory / file}: tensor {name}: {error}") from error
+
+    def _open(self, file: str) -> safe_open:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self.directory / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise WeightMapError(f"{self.directory / file} cannot be read as safetensors: {error}") from error
+        return self._files[file]
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.directory / INDEX
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                pairs = {str(name): str(file) for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise WeightMapError(f"{index} is not a safetensors index: expected an object with a weight_map ({error})") from error
+            for name, file in pairs.items():
+                if not manifests.is_inside(file) or len(PurePosixPath(file).parts) != 1:
+                    raise WeightMapError(f"{index}: weight_map puts {name} into {file!r}; expected a file name in the same directory: refused")
+            return pairs
+        if (self.directory / SINGLE).is_file():
+            return {name: SINGLE for name in self._open(SINGLE).keys()}
+        if pickles := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.directory.glob(pattern)):
+            raise WeightMapError(
+                f"{self.directory} holds {pickles[0]}, a pickle, which could run code when read; expected {SINGLE}: if you trust it, convert it"
+                " with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            )
+        raise WeightMapError(f"{self.directory} holds no weights: expected {SINGLE} or {INDEX}")
+
+
+class CheckpointSource:
+    """Tensors of one model of a megarl checkpoint, whatever layout wrote it. Each file is verified against its hash when first opened.
+
+    Raises `CheckpointError` for an unknown model, a damaged file and a tensor that is not wholly there.
+    """
+
+    def __init__(self, directory: Path, model: str):
+        self.directory = Path(directory)
+        self.manifest: Manifest = manifests.read_manifest(self.directory)
+        if model not in self.manifest.models:
+            raise CheckpointError(f"{directory} holds the models {sorted(self.manifest.models)}; expected {model!r}")
+        self.model = model
+        self._files: dict[str, safe_open] = {}
+        self._pieces: dict[str, list[tuple[str, StoredTensor]]] = {}
+        for path, file in self.manifest.files_of("weights", model).items():
+            for tensor in file.tensors:
+                self._pieces.setdefault(tensor.name, []).append((path, tensor))
+
+    def names(self) -> Iterable[str]:
+        return self._pieces.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        self._pieces_of(name)
+        return tuple(self.manifest.models[self.model].shapes[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._pieces_of(name)[0][1].dtype]
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The elements of `box`, put together from the pieces that hold them, in the stored dtype, on the CPU."""
+        pieces = self._pieces_of(name)
+        if len(box) != len(self.shape(name)):
+            raise CheckpointError(f"{self.directory}: {name} has shape {list(self.shape(name))}; the model asks for the box {box}")
+        out = torch.empty([size for _, size in box], dtype=self.dtype(name))
+        found = 0
+        for path, piece in pieces:
+            if (shared := intersect(piece.box, box)) is not None:
+                out[slices_in(shared, box)] = self._read_piece(path, piece, shared)
+                found += volume(shared)
+        if found != volume(box):
+            raise CheckpointError(f"{self.directory}: {name} has {found} of the {volume(box)} elements in the box {box}")
+        return out
+
+    def _read_piece(self, path: str, piece: StoredTensor, box: Box) -> torch.Tensor:
+        try:
+            return self._open(path).get_slice(piece.key)[slices_in(box, piece.box)]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.directory / path}: {piece.key}: {error}") from error
+
+    def _pieces_of(self, name: str) -> list[tuple[str, StoredTensor]]:
+        if name not in self._pieces:
+            raise CheckpointError(f"{self.directory}: model {self.model} holds no tensor {name}")
+        return self._pieces[name]
+
+    def _open(self, path: str) -> safe_open:
+        if path not in self._files:
+            manifests.verify(self.directory, path, self.manifest.files[path])
+            try:
+                self._files[path] = safe_open(self.directory / path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.directory / path} cannot be read as safetensors: {error}") from error
+        return self._files[path]
+
+
+class RandomScoreSource:
+    """A language model's tensors with a new scalar head: weights from N(0, 1/(h+1)) (Stiennon et al. 2020, appendix C), the same everywhere."""
+
+    def __init__(self, source: TensorSource, hidden_size: int):
+        self._source = source
+        generator = torch.Generator().manual_seed(SCORE_SEED)
+        self._score = torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5
+
+    def names(self) -> Iterable[str]:
+        return [*self._source.names(), SCORE]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._score.shape) if name == SCORE else self._source.shape(name)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        return self._score[slices_in(box, whole(self._score.shape))].clone() if name == SCORE else self._source.read(name, box)
+
+
+def open_weights(path: Path, role: str) -> tuple[ModelSpec, TensorSource]:
+    """The model at `path`, to start a model of `role` from.
+
+    `path` is a Hugging Face directory, a megarl checkpoint, or a run's output directory (its newest complete checkpoint counts).
+    Roles: `actor` needs a language model; `critic` takes a model with a scalar head when there is one, else a language model whose head is
+    replaced by a random one (`RandomScoreSource`); `reward` needs a trained reward model.
+    Raises `CheckpointError` or `WeightMapError`, naming the path.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a Hugging Face directory or a megarl checkpoint")
+    if (checkpoint := manifests.find_checkpoint(path)) is not None:
+        return _open_checkpoint(checkpoint, role)
+    if (path / "config.json").is_file():
+        spec, source = read_spec(path), SafetensorsSource(path)
+        has_score = SCORE in set(source.names())
+        if role == "actor" and has_score:
+            raise CheckpointError(f"{path} holds a reward model ({SCORE}); expected a language model for the actor")
+        if role == "reward" and not has_score:
+            raise CheckpointError(f"{path} holds no {SCORE}; expected a trained reward model")
+        return spec, RandomScoreSource(source, spec.hidden_size) if role == "critic" and not has_score else source
+    raise CheckpointError(
+        f"{path} is neither a Hugging Face directory (no config.json) nor a megarl checkpoint ({manifests.MANIFEST}), and holds no finished"
+        " checkpoint of a run (checkpoints/step-*)"
+    )
+
+
+def _open_checkpoint(directory: Path, role: str) -> tuple[ModelSpec, TensorSource]:
+    models = manifests.read_manifest(directory).models
+    preferred = {"actor": ["actor"], "critic": ["critic", "reward", "actor"], "reward": ["reward"]}[role]
+    model = next((name for name in preferred if name in models), None)
+    if model is None:
+        wanted = "a reward model" if role == "reward" else "a language model"
+        raise CheckpointError(f"{directory} holds the models {sorted(models)}; expected {wanted} for the role {role}")
+    spec, source = read_spec(directory / model), CheckpointSource(directory, model)
+    return spec, RandomScoreSource(source, spec.hidden_size) if role == "critic" and models[model].role == "actor" else source
