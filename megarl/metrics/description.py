@@ -1,0 +1,55 @@
+"""An experience in numbers: rewards, KL, lengths, credit, the critic's fit and the sampler's agreement with the trainer.
+
+Axis letters: B sequences of one data-parallel replica, T tokens of the padded batch.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megarl.config import KlConfig
+from megarl.metrics.values import Deviation, ExplainedVariance, Largest, Metric, Metrics, Total, mean_of
+from megarl.ppo.kl import kl_estimate, kl_of_sequences
+from megarl.records import Experience, Trajectory
+
+
+def describe(experience: Experience, kl: KlConfig) -> Metrics:
+    """This rank's share of the step's metrics; nothing is communicated.
+
+    `kl/token_mean` (response-token mean of each sequence, then mean over sequences) is what the adaptive controller watches;
+    `kl/sequence_sum` is what targets published for trlx refer to (semantics section 1).
+    """
+    mask = experience.response_mask
+    kl_tokens = kl_estimate(experience.old_logprobs, experience.ref_logprobs, mask, kl.estimator)
+    lengths = mask.sum(1)
+    gap = (experience.rollout_logprobs - experience.old_logprobs)[mask].abs()
+    values, returns, advantages = (t[mask] for t in (experience.values, experience.returns, experience.advantages))
+    return Metrics(
+        {
+            "reward/mean": mean_of(experience.rewards),
+            "reward/std": Deviation.of(experience.rewards),
+            "kl/token_mean": mean_of(kl_of_sequences(kl_tokens, mask)),
+            "kl/sequence_sum": mean_of(kl_tokens.sum(1)),
+            "response/length": mean_of(lengths),
+            "response/longest": Largest(lengths.max()),
+            "response/truncated_share": mean_of(experience.truncated),
+            "response/tokens": Total(lengths.sum()),
+            **_mean_and_std("advantage", advantages),
+            **_mean_and_std("return", returns),
+            **_mean_and_std("value", values),
+            "value/explained_variance": ExplainedVariance.of(values, returns),
+            "rollout/logprob_gap": mean_of(gap),
+        }
+    )
+
+
+def describe_rewards(trajectories: Sequence[Trajectory]) -> Metrics:
+    """The mean of every part of the reward, before weights: `reward/<part>`."""
+    total = Metrics()
+    for trajectory in trajectories:
+        total = total + Metrics({f"reward/{name}": Metric(float(part)) for name, part in trajectory.reward_parts.items()})
+    return total
+
+
+def _mean_and_std(name: str, numbers: Tensor) -> dict[str, Metric | Deviation]:
+    return {f"{name}/mean": mean_of(numbers), f"{name}/std": Deviation.of(numbers)}

@@ -1,0 +1,104 @@
+"""Where the numbers of a run go beside the terminal: `metrics.jsonl`, TensorBoard, Weights & Biases."""
+
+import json
+import os
+from pathlib import Path
+from typing import Protocol
+
+from megarl.errors import SetupError
+
+
+class MetricsWriter(Protocol):
+    """Takes the reduced metrics of finished steps. Only one rank of a run holds writers."""
+
+    def start(self, step: int) -> None:
+        """The run begins or continues with `step` finished steps: what was written about later steps is void."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """The values after `step` finished steps."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class JsonLines:
+    """One JSON object a line, each with `step`. A line is written whole; a resumed run drops the lines of steps it does again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = None
+
+    def start(self, step: int) -> None:
+        """Keeps complete lines of steps up to `step` (none at 0), drops the rest, opens for appending."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._complete_lines() if json.loads(line)["step"] <= step] if step > 0 else []
+        staging = self.path.with_name(self.path.name + ".staging")
+        staging.write_text("".join(kept), encoding="utf-8")
+        os.replace(staging, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _complete_lines(self) -> list[str]:
+        """A run that was killed may have left half a line at the end."""
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+    def write(self, step: int, values: dict) -> None:
+        self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard. Raises `SetupError` when the package is not installed."""
+
+    def __init__(self, directory: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SetupError(f"log.tensorboard is true, but {error.name} is missing: install tensorboard or set it to false") from error
+        self._directory = directory
+        self._writer_class = SummaryWriter
+        self._writer = None
+
+    def start(self, step: int) -> None:
+        """Scalars of steps that are done again are hidden by TensorBoard itself (purge_step)."""
+        self._writer = self._writer_class(str(self._directory), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases. Raises `SetupError` when the package is not installed or refuses to start."""
+
+    def __init__(self, project: str, name: str, directory: Path, config: dict):
+        try:
+            import wandb
+        except ImportError as error:
+            raise SetupError(f"log.wandb_project is {project!r}, but wandb cannot be imported: install wandb or remove the key") from error
+        self._wandb = wandb
+        self._arguments = {"project": project, "name": name, "dir": str(directory), "config": config, "id": name, "resume": "allow"}
+        self._run = None
+
+    def start(self, step: int) -> None:
+        """Continues the run of the same name; steps that are done again keep their first values there."""
+        try:
+            self._run = self._wandb.init(**self._arguments)
+        except self._wandb.Error as error:
+            raise SetupError(f"wandb did not start: {error}; set WANDB_API_KEY, WANDB_MODE=offline, or remove log.wandb_project") from error
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
