@@ -1,8 +1,8 @@
 """Where weights are read from: a Hugging Face directory or a megarl checkpoint, both seen as named tensors of which boxes can be read."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-import json
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,14 +81,14 @@ class SafetensorsSource:
                 raise WeightMapError(f"{index} is not a safetensors index: expected an object with a weight_map ({error})") from error
             for name, file in pairs.items():
                 if not manifests.is_inside(file) or len(PurePosixPath(file).parts) != 1:
-                    raise WeightMapError(f"{index}: weight_map puts {name} into {file!r}; expected a file name in the same directory: refused")
+                    raise WeightMapError(f"{index}: weight_map puts {name} in {file!r}; expected a file name in this directory: refused")
             return pairs
         if (self.directory / SINGLE).is_file():
             return {name: SINGLE for name in self._open(SINGLE).keys()}
         if pickles := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.directory.glob(pattern)):
             raise WeightMapError(
-                f"{self.directory} holds {pickles[0]}, a pickle, which could run code when read; expected {SINGLE}: if you trust it, convert it"
-                " with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+                f"{self.directory} holds {pickles[0]}, a pickle, which could run code when read; expected {SINGLE}: if you trust it,"
+                " convert it with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
             )
         raise WeightMapError(f"{self.directory} holds no weights: expected {SINGLE} or {INDEX}")
 
@@ -158,7 +158,7 @@ class CheckpointSource:
 
 
 class RandomScoreSource:
-    """A language model's tensors with a new scalar head: weights from N(0, 1/(h+1)) (Stiennon et al. 2020, appendix C), the same everywhere."""
+    """A language model's tensors with a new scalar head, the same on every rank: N(0, 1/(h+1)) (Stiennon et al. 2020, appendix C)."""
 
     def __init__(self, source: TensorSource, hidden_size: int):
         self._source = source
@@ -187,27 +187,45 @@ def open_weights(path: Path, role: str) -> tuple[ModelSpec, TensorSource]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a Hugging Face directory or a megarl checkpoint")
     if (checkpoint := manifests.find_checkpoint(path)) is not None:
-        return _open_checkpoint(checkpoint, role)
-    if (path / "config.json").is_file():
-        spec, source = read_spec(path), SafetensorsSource(path)
-        has_score = SCORE in set(source.names())
-        if role == "actor" and has_score:
-            raise CheckpointError(f"{path} holds a reward model ({SCORE}); expected a language model for the actor")
-        if role == "reward" and not has_score:
-            raise CheckpointError(f"{path} holds no {SCORE}; expected a trained reward model")
-        return spec, RandomScoreSource(source, spec.hidden_size) if role == "critic" and not has_score else source
-    raise CheckpointError(
-        f"{path} is neither a Hugging Face directory (no config.json) nor a megarl checkpoint ({manifests.MANIFEST}), and holds no finished"
-        " checkpoint of a run (checkpoints/step-*)"
-    )
+        spec, source, has_head = _open_checkpoint(checkpoint, role)
+    elif (path / "config.json").is_file():
+        spec, source, has_head = _open_hugging_face(path, role)
+    else:
+        raise CheckpointError(
+            f"{path} is neither a Hugging Face directory (no config.json) nor a megarl checkpoint ({manifests.MANIFEST}), and holds no"
+            " finished checkpoint of a run (checkpoints/step-*)"
+        )
+    if not has_head:
+        source = RandomScoreSource(source, spec.hidden_size)
+    check_shapes(path, spec.table("actor" if role == "actor" else "critic").hf_shapes, source)
+    return spec, source
 
 
-def _open_checkpoint(directory: Path, role: str) -> tuple[ModelSpec, TensorSource]:
+def check_shapes(path: Path, shapes: dict[str, tuple[int, ...]], source: TensorSource) -> None:
+    """Raise `WeightMapError` when `source` lacks a tensor of the table or holds it in another shape."""
+    for name, expected in shapes.items():
+        if tuple(source.shape(name)) != tuple(expected):
+            raise WeightMapError(
+                f"{path}: tensor {name} has shape {list(source.shape(name))}; config.json describes a model where it has {list(expected)}"
+            )
+
+
+def _open_checkpoint(directory: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
     models = manifests.read_manifest(directory).models
     preferred = {"actor": ["actor"], "critic": ["critic", "reward", "actor"], "reward": ["reward"]}[role]
     model = next((name for name in preferred if name in models), None)
     if model is None:
         wanted = "a reward model" if role == "reward" else "a language model"
         raise CheckpointError(f"{directory} holds the models {sorted(models)}; expected {wanted} for the role {role}")
-    spec, source = read_spec(directory / model), CheckpointSource(directory, model)
-    return spec, RandomScoreSource(source, spec.hidden_size) if role == "critic" and models[model].role == "actor" else source
+    has_head = role == "actor" or models[model].role == "critic"
+    return read_spec(directory / model), CheckpointSource(directory, model), has_head
+
+
+def _open_hugging_face(directory: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
+    spec, source = read_spec(directory), SafetensorsSource(directory)
+    has_score = SCORE in set(source.names())
+    if role == "actor" and has_score:
+        raise CheckpointError(f"{directory} holds a reward model ({SCORE}); expected a language model for the actor")
+    if role == "reward" and not has_score:
+        raise CheckpointError(f"{directory} holds no {SCORE}; expected a trained reward model")
+    return spec, source, role == "actor" or has_score

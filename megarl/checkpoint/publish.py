@@ -1,0 +1,94 @@
+"""The last act of writing a checkpoint: what lies beside the weights, the manifest, and the rename that makes it count."""
+
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from megarl.checkpoint.manifest import LATEST, MANIFEST, Manifest, StoredFile, StoredTokenizer
+from megarl.checkpoint.sharded import WrittenFile, measure, sync_directory, write_text
+from megarl.data.tokenizers import Tokenizer
+from megarl.errors import SetupError
+from megarl.models.family import ModelSpec
+
+STAGING, TRASH = ".staging-", ".trash-"
+SPARE_BYTES = 64 << 20  # left free beside what is written: small files, file system overhead
+NOT_WRITTEN = WrittenFile(0, "")
+
+
+def check_room(directory: Path, needed: int, what: str, remedy: str) -> None:
+    """Raise `SetupError` naming needed and free bytes when the file system of `directory` has no room."""
+    free = shutil.disk_usage(directory).free
+    if free < needed + SPARE_BYTES:
+        raise SetupError(f"{directory} has {free} bytes free; {what} {needed + SPARE_BYTES}: free some disk, {remedy}")
+
+
+def stored(kind: str, written: WrittenFile, **fields) -> StoredFile:
+    """The manifest's entry of a file."""
+    return StoredFile(kind=kind, num_bytes=written.num_bytes, sha256=written.sha256, **fields)
+
+
+def with_digest(file: StoredFile, written: WrittenFile) -> StoredFile:
+    """The same entry with size and hash of what was written."""
+    return file.model_copy(update={"num_bytes": written.num_bytes, "sha256": written.sha256})
+
+
+def publish(staging: Path, final: Path, manifest: Manifest) -> None:
+    """Make a finished staging directory the checkpoint `final`: manifest last, everything on disk, one rename, then the pointer."""
+    write_text(staging / MANIFEST, manifest.model_dump_json(indent=1))
+    for path in sorted({(staging / name).parent for name in manifest.files} | {staging}):
+        sync_directory(path)
+    if final.exists():
+        discard(final)
+    os.rename(staging, final)
+    sync_directory(final.parent)
+    if final.parent.name == "checkpoints":
+        pointer = final.parent / (STAGING + LATEST)
+        write_text(pointer, final.name + "\n")
+        os.replace(pointer, final.parent / LATEST)
+        sync_directory(final.parent)
+
+
+def write_config(staging: Path, model: str, hf_config: dict) -> dict[str, StoredFile]:
+    """Write the model's Hugging Face configuration into the checkpoint."""
+    path = f"{model}/config.json"
+    return {path: stored("config", write_text(staging / path, json.dumps(hf_config, indent=1)), model=model)}
+
+
+def write_tokenizer(staging: Path, tokenizer: Tokenizer) -> dict[str, StoredFile]:
+    """Write the tokenizer's files into the checkpoint, so that an export needs nothing else."""
+    directory = staging / "tokenizer"
+    tokenizer.save_for_export(directory)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(staging).as_posix(): stored("tokenizer", measure(path)) for path in files}
+
+
+def special_tokens(tokenizer: Tokenizer) -> StoredTokenizer:
+    """Ids of the special tokens, for the exported configuration."""
+    return StoredTokenizer(eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
+
+
+def spec_differences(stored: ModelSpec, wanted: ModelSpec) -> str:
+    """Fields in which two models differ, both values named; empty when they are the same model."""
+    names = [name for name in stored.__dataclass_fields__ if name != "hf_config" and getattr(stored, name) != getattr(wanted, name)]
+    return ", ".join(f"{name} {getattr(stored, name)} in the checkpoint, {getattr(wanted, name)} in the run" for name in names)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    found = {"python": platform.python_version()}
+    for package in ("megarl", "torch", "megatron-core"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def discard(directory: Path) -> None:
+    """Remove a checkpoint so that a half-removed one is never taken for a whole one."""
+    trash = directory.with_name(TRASH + directory.name)
+    os.rename(directory, trash)
+    shutil.rmtree(trash)
