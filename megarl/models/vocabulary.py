@@ -1,0 +1,120 @@
+"""Log-probability and entropy of tokens under an output layer whose vocabulary is split over tensor-parallel ranks.
+
+Axis letters: N tokens, H hidden width, V vocabulary columns of this rank. No rank ever holds more than a slice of the logits: both
+passes walk over the tokens in slices, and backward computes each slice's logits again. Forward costs two all-reduces a slice (of N and
+3 N numbers), backward none.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+HIDDEN_LOGIT = -1e30  # of padded columns: finite, so that probability 0 times logit is 0 and not nan
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which columns a rank holds and how it works through them.
+
+    `first_column` is the vocabulary index of the rank's first column, `vocab_size` the number of real tokens (columns beyond are padding),
+    `temperature` divides the logits, `rows_per_slice` bounds the tokens whose logits exist at once, `group` sums over the tensor-parallel
+    ranks (None: this rank holds the whole vocabulary).
+    """
+
+    first_column: int
+    vocab_size: int
+    temperature: float
+    rows_per_slice: int
+    group: dist.ProcessGroup | None = None
+
+
+def vocabulary_stats(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and, when asked, the entropy (nats) of the distribution it is drawn from; differentiable in both.
+
+    Entered by every rank of `shard.group` with equal `hidden` and `targets`; the gradient of `hidden` is this rank's part, to be summed over
+    the group. Shapes: `hidden` [N, H], `weight` [V, H], `targets` i64[N] -> two f32[N] (zeros for the entropy when not asked).
+    """
+    return _VocabularyStats.apply(hidden, weight, targets, shard, with_entropy)
+
+
+class _VocabularyStats(torch.autograd.Function):
+    """d logprob / d z = onehot - p and d entropy / d z = -p (log p + entropy), with z the tempered logits."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        logprobs, log_total, entropy = torch.zeros((3, len(hidden)), dtype=torch.float32, device=hidden.device)
+        for rows in _slices(len(hidden), shard.rows_per_slice):
+            logits = _tempered_logits(hidden[rows], weight, shard)
+            top = _reduced(logits.amax(1), shard, dist.ReduceOp.MAX)
+            logits -= top[:, None]
+            local, is_mine = _local_targets(targets[rows], weight, shard)
+            chosen = logits.gather(1, local[:, None]).squeeze(1) * is_mine
+            unnormalised = logits.exp()
+            spread = logits.mul_(unnormalised).sum(1) if with_entropy else torch.zeros_like(top)
+            total, chosen, spread = _reduced(torch.stack([unnormalised.sum(1), chosen, spread]), shard, dist.ReduceOp.SUM)
+            logprobs[rows] = chosen - total.log()
+            log_total[rows] = top + total.log()
+            if with_entropy:
+                entropy[rows] = total.log() - spread / total
+        ctx.save_for_backward(hidden, weight, targets, log_total, entropy)
+        ctx.shard, ctx.with_entropy = shard, with_entropy
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
+        hidden, weight, targets, log_total, entropy = ctx.saved_tensors
+        shard = ctx.shard
+        if not ctx.with_entropy:
+            grad_entropy = None
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(log_total)
+        slices = _slices(len(hidden), shard.rows_per_slice)
+        grad_hidden = torch.empty_like(hidden)
+        # one slice's product is the gradient; several are added in float32 so that the cut does not show in bf16
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if len(slices) > 1 else weight.dtype)
+        for rows in slices:
+            log_p = _tempered_logits(hidden[rows], weight, shard).sub_(log_total[rows, None])
+            p = log_p.exp()
+            if grad_entropy is None:
+                grad = p.mul_(-grad_logprobs[rows, None])
+            else:
+                log_p += entropy[rows, None]
+                grad = p.mul_(log_p.mul_(grad_entropy[rows, None]).add_(grad_logprobs[rows, None]).neg_())
+            local, is_mine = _local_targets(targets[rows], weight, shard)
+            grad.scatter_add_(1, local[:, None], (grad_logprobs[rows] * is_mine)[:, None])
+            grad = grad.div_(shard.temperature).to(weight.dtype)
+            grad_hidden[rows] = (grad @ weight).to(hidden.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight += grad.t() @ hidden[rows].to(weight.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def _slices(num_rows: int, rows_per_slice: int) -> list[slice]:
+    return [slice(start, min(start + rows_per_slice, num_rows)) for start in range(0, num_rows, rows_per_slice)]
+
+
+def _tempered_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard) -> Tensor:
+    logits = F.linear(hidden.to(weight.dtype), weight).float()
+    if shard.temperature != 1.0:
+        logits.div_(shard.temperature)
+    num_real = max(0, min(shard.vocab_size - shard.first_column, len(weight)))
+    if num_real < len(weight):
+        logits[:, num_real:] = HIDDEN_LOGIT
+    return logits
+
+
+def _local_targets(targets: Tensor, weight: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """Column of each target on this rank (0 where it lies elsewhere) and whether it lies here."""
+    local = targets - shard.first_column
+    is_mine = (local >= 0) & (local < len(weight))
+    return torch.where(is_mine, local, 0), is_mine
+
+
+def _reduced(tensor: Tensor, shard: VocabularyShard, operation: dist.ReduceOp) -> Tensor:
+    if shard.group is not None and shard.group.size() > 1:
+        dist.all_reduce(tensor, op=operation, group=shard.group)
+    return tensor
