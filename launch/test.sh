@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Runs the tests: `bash launch/test.sh [--slow] [pytest arguments]`. Under 20 minutes on two cores.
+#   --slow     the slow slice (whole courses, larger worlds) instead of the default selection
+# Exit code: pytest's; 124 when the whole run takes longer than MEGARL_TEST_TIMEOUT seconds [1500].
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+MEGARL_DEV=1 . launch/env.sh || exit $?
+
+selection="not slow and not gpu"
+[[ ${MEGARL_HOST_GPUS:-0} == 0 ]] || selection="not slow"
+if [[ ${1:-} == --slow ]]; then
+    selection="slow and not gpu"
+    shift
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # ranks of the multi-rank tests share the cores
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+"$MEGARL_PYTHON" -m ruff check . || exit 1
+exec timeout --signal=INT --kill-after=30 "${MEGARL_TEST_TIMEOUT:-1500}" \
+    "$MEGARL_PYTHON" -m pytest -m "$selection" --durations=15 "$@"

@@ -1,0 +1,41 @@
+"""`python -m megarl.torchrun`: torch's own launcher with a quieter, more truthful end.
+
+torchrun turns every exit code of a rank into 1 and adds a page of its own to the message the failing rank has printed. Here the exit code
+of the first rank that failed is passed on (2: a user's mistake, already explained in one line by that rank), and a rank that could not
+explain itself, because a signal ended it, is named in one line. Arguments are torchrun's.
+"""
+
+import logging
+import signal
+import sys
+
+import torch.distributed.run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from megarl.errors import MegarlError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Start the ranks of this node, wait for them and return the exit code of the first failure, 0 without one."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        torchrun.run(torchrun.parse_args(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(f"megarl: rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr)
+            return 128 - failure.exitcode
+        if failure.exitcode != MegarlError.exit_code:
+            print(f"megarl: rank {rank} (pid {failure.pid}) failed with exit code {failure.exitcode}; its message is above", file=sys.stderr)
+        return failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
