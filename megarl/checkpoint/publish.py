@@ -11,7 +11,6 @@ from megarl.checkpoint.manifest import LATEST, MANIFEST, Manifest, StoredFile, S
 from megarl.checkpoint.sharded import WrittenFile, measure, sync_directory, write_text
 from megarl.data.tokenizers import Tokenizer
 from megarl.errors import SetupError
-from megarl.models.family import ModelSpec
 
 STAGING, TRASH = ".staging-", ".trash-"
 SPARE_BYTES = 64 << 20  # left free beside what is written: small files, file system overhead
@@ -68,12 +67,6 @@ def write_tokenizer(staging: Path, tokenizer: Tokenizer) -> dict[str, StoredFile
 def special_tokens(tokenizer: Tokenizer) -> StoredTokenizer:
     """Ids of the special tokens, for the exported configuration."""
     return StoredTokenizer(eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
-
-
-def spec_differences(stored: ModelSpec, wanted: ModelSpec) -> str:
-    """Fields in which two models differ, both values named; empty when they are the same model."""
-    names = [name for name in stored.__dataclass_fields__ if name != "hf_config" and getattr(stored, name) != getattr(wanted, name)]
-    return ", ".join(f"{name} {getattr(stored, name)} in the checkpoint, {getattr(wanted, name)} in the run" for name in names)
 
 
 def versions() -> dict[str, str]:

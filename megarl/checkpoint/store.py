@@ -7,14 +7,14 @@ replaces the pointer `latest`. A process killed at any moment leaves the previou
     <model>/config.json                     the model as Hugging Face describes it
     <model>/weights-00000.safetensors       pieces in Hugging Face coordinates that rank 0 owns, in the parameters' dtype
     <model>/optimizer-00000.safetensors     rank 0's optimizer state, float32 masters included; its numbers in optimizer-00000.json
-    random-00000.safetensors, .json         rank 0's random states
+    random-00000.safetensors                rank 0's random states
     tokenizer/                              what `transformers.AutoTokenizer` needs
 """
 
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -125,10 +125,7 @@ class Checkpoints:
             file = stored("optimizer", NOT_WRITTEN, model=model, rank=rank)
             plan[f"{model}/optimizer-{rank:05d}.safetensors"] = PlannedFile(file, role.learner.optimizer_tensors())
             plan[f"{model}/optimizer-{rank:05d}.json"] = PlannedFile(file, text=json.dumps(role.learner.optimizer_json()))
-        tensors, numbers = device.random_states()
-        file = stored("random", NOT_WRITTEN, rank=rank)
-        plan[f"random-{rank:05d}.safetensors"] = PlannedFile(file, tensors)
-        plan[f"random-{rank:05d}.json"] = PlannedFile(file, text=json.dumps(numbers))
+        plan[f"random-{rank:05d}.safetensors"] = PlannedFile(stored("random", NOT_WRITTEN, rank=rank), device.random_states())
         return plan
 
     def _prepare(self, staging: Path, checkpointables: Mapping[str, Checkpointable], needed: int) -> None:
@@ -199,7 +196,7 @@ class Checkpoints:
             load_pieces(role.pieces, CheckpointSource(directory, model))
             tensors, numbers = _read_own(directory, manifest.files_of("optimizer", model, rank))
             role.learner.load_optimizer(tensors, numbers)
-        device.restore_random_states(_read_own(directory, manifest.files_of("random", rank=rank)))
+        device.restore_random_states(_read_own(directory, manifest.files_of("random", rank=rank))[0])
         return TrainState.from_json(manifest.state)
 
     def _check_same_run(self, directory: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable]) -> None:
@@ -238,6 +235,12 @@ class Checkpoints:
             error = failure
         collectives.agree(error, self._world)
         return result
+
+
+def spec_differences(stored_spec: ModelSpec, run_spec: ModelSpec) -> str:
+    """Fields in which two models differ, both values named; empty when they are the same model."""
+    names = [f.name for f in fields(ModelSpec) if f.name != "hf_config" and getattr(stored_spec, f.name) != getattr(run_spec, f.name)]
+    return ", ".join(f"{name} {getattr(stored_spec, name)} in the checkpoint, {getattr(run_spec, name)} in the run" for name in names)
 
 
 def _piece_key(piece: Piece) -> str:

@@ -1,0 +1,162 @@
+"""From a checkpoint to a Hugging Face directory, one tensor at a time: `megarl export CHECKPOINT OUT`."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megarl.checkpoint import manifest as manifests
+from megarl.checkpoint.manifest import Manifest, StoredTokenizer
+from megarl.checkpoint.publish import STAGING, check_room
+from megarl.checkpoint.sharded import TensorEntry, cover_faults, sync_directory, whole, write_tensors, write_text
+from megarl.checkpoint.sources import INDEX, CheckpointSource
+from megarl.errors import CheckpointError, SetupError
+from megarl.models.family import ModelSpec, read_spec
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+CONFIG_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def export(
+    checkpoint: Path, out: Path, model: str | None = None, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Path:
+    """Write the model of a checkpoint as `transformers` and vLLM read it, and return `out`.
+
+    Args: `checkpoint` is a checkpoint or a run's output directory (its newest one); `model` a name in it (default: `actor`, else the only
+    one); `dtype` `bf16`, `fp32` or `fp16` (default: as stored). At no time is more than one tensor in memory.
+    Raises `CheckpointError` (missing, damaged, incomplete) or `SetupError` (`out` exists, no room), with nothing left behind.
+    """
+    directory = manifests.find_checkpoint(Path(checkpoint))
+    if directory is None:
+        raise CheckpointError(f"{checkpoint} is no checkpoint and holds none (checkpoints/step-*): expected a directory with {manifests.MANIFEST}")
+    manifest = manifests.read_manifest(directory)
+    model = _choose(directory, manifest, model)
+    spec, source = read_spec(directory / model), CheckpointSource(directory, model)
+    shapes = manifest.models[model].shapes
+    _check_complete(directory, manifest, model, spec)
+    entries = [TensorEntry(name, _dtype(dtype, source.dtype(name)), tuple(shape)) for name, shape in shapes.items()]
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SetupError(f"{out} exists and is not an empty directory: choose another directory to export to")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_room(out.parent, sum(entry.num_bytes for entry in entries), "the export needs", "or export to another disk")
+    staging = out.with_name(STAGING + out.name)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        write_shards(staging, entries, lambda entry: source.read(entry.key, whole(entry.shape)), max_shard_bytes)
+        _write_configs(staging, directory, manifest, model, spec, _common_dtype(entries))
+        sync_directory(staging)
+        os.replace(staging, out)  # an empty directory may be replaced
+        sync_directory(out.parent)
+    except OSError as error:
+        raise SetupError(f"{error.filename or out}: {error.strerror}: the export was not written") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def plan_shards(entries: list[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:
+    """Consecutive tensors in files of at most `max_shard_bytes`; a larger tensor gets its own file."""
+    shards: list[list[TensorEntry]] = [[]]
+    room = max_shard_bytes
+    for entry in entries:
+        if entry.num_bytes > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(entry)
+        room -= entry.num_bytes
+    return shards
+
+
+def write_shards(
+    directory: Path, entries: list[TensorEntry], produce: Callable[[TensorEntry], torch.Tensor], max_shard_bytes: int
+) -> None:
+    """Write `model-00001-of-0000N.safetensors` files and their index."""
+    shards = plan_shards(entries, max_shard_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(directory / name, shard, produce, metadata={"format": "pt"})
+        weight_map |= {entry.key: name for entry in shard}
+    total = sum(entry.num_bytes for entry in entries)
+    write_text(directory / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True))
+
+
+def hf_config(spec: ModelSpec, is_scalar_head: bool, dtype: torch.dtype, tokens: StoredTokenizer) -> dict:
+    """The `config.json` of an exported model: what the model was read from, with the head, dtype and special tokens it has now."""
+    config = {key: value for key, value in spec.hf_config.items() if key not in ("torch_dtype", "dtype", "num_labels", "_name_or_path")}
+    causal = next(name for name in config["architectures"]).replace("ForSequenceClassification", "ForCausalLM")
+    config["architectures"] = [causal.replace("ForCausalLM", "ForSequenceClassification") if is_scalar_head else causal]
+    config["dtype"] = CONFIG_NAMES[dtype]
+    if is_scalar_head:
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    else:
+        config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
+    return config | {name: value for name, value in _token_ids(tokens).items() if value is not None}
+
+
+def _write_configs(
+    staging: Path, directory: Path, manifest: Manifest, model: str, spec: ModelSpec, dtype: torch.dtype
+) -> None:
+    is_scalar_head = manifest.models[model].role == "critic"
+    write_text(staging / "config.json", json.dumps(hf_config(spec, is_scalar_head, dtype, manifest.tokenizer), indent=2))
+    if not is_scalar_head:
+        tokens = {name: value for name, value in _token_ids(manifest.tokenizer).items() if value is not None}
+        write_text(staging / "generation_config.json", json.dumps(tokens, indent=2))
+    for path, file in manifest.files_of("tokenizer").items():
+        manifests.verify(directory, path, file)
+        target = staging / Path(path).relative_to("tokenizer")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(directory / path, target)
+    made = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    write_text(
+        staging / "README.md",
+        f"# {spec.family} model trained with megarl\n\nModel `{model}` of a `{manifest.course}` run after {manifest.state['step']} steps"
+        f" ({CONFIG_NAMES[dtype]}). Written by {made}.\n",
+    )
+
+
+def _choose(directory: Path, manifest: Manifest, model: str | None) -> str:
+    names = sorted(manifest.models)
+    if model is None:
+        model = "actor" if "actor" in names or len(names) != 1 else names[0]
+    if model not in names:
+        raise CheckpointError(f"{directory} holds the models {names}; expected {model!r}")
+    return model
+
+
+def _check_complete(directory: Path, manifest: Manifest, model: str, spec: ModelSpec) -> None:
+    """Every tensor of the family's table, each element exactly once."""
+    stored = manifest.models[model]
+    shapes = {name: tuple(shape) for name, shape in spec.table(stored.role).hf_shapes.items()}
+    boxes = [(tensor.name, tensor.box) for file in manifest.files_of("weights", model).values() for tensor in file.tensors]
+    faults = cover_faults(shapes, boxes)
+    if shapes != {name: tuple(shape) for name, shape in stored.shapes.items()}:
+        faults.insert(0, "its tensor shapes are not those of its config.json")
+    if faults:
+        raise CheckpointError(f"{directory}: model {model} is not complete: {'; '.join(faults[:3])}")
+
+
+def _dtype(wanted: str | None, stored: torch.dtype) -> torch.dtype:
+    if wanted is None:
+        return stored
+    if wanted not in DTYPES:
+        raise SetupError(f"export dtype is {wanted!r}; expected one of {sorted(DTYPES)}")
+    return DTYPES[wanted]
+
+
+def _common_dtype(entries: list[TensorEntry]) -> torch.dtype:
+    """The dtype that config.json names: of most bytes."""
+    totals: dict[torch.dtype, int] = {}
+    for entry in entries:
+        totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.num_bytes
+    return max(totals, key=totals.__getitem__)
+
+
+def _token_ids(tokens: StoredTokenizer) -> dict[str, int | None]:
+    return {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id, "pad_token_id": tokens.pad_id}
