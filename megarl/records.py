@@ -6,6 +6,7 @@ token t). Sequences are right-padded; per-token values are 0 wherever `response_
 """
 
 from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
 import torch
 
@@ -71,6 +72,16 @@ class TensorRecord:
         """The record with only the rows `index` (i64[n] or bool[B]), in that order."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def padded(self, num_rows: int):
+        """The record with rows of zeros at the end, `num_rows` in all. Such rows have length 0 and masks that are False."""
+        missing = num_rows - len(self)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: torch.cat([t, t.new_zeros((missing, *t.shape[1:]))]) for name, t in tensors.items()})
+
+    def to(self, device: torch.device):
+        """The record with its tensors on `device`."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
@@ -81,6 +92,12 @@ class TokenBatch(TensorRecord):
 
     token_ids: torch.Tensor  # i64[B, T]
     lengths: torch.Tensor  # i64[B]
+
+    sequences_per_row: ClassVar[int] = 1
+
+    def sequences(self) -> "TokenBatch":
+        """What a model reads: here the rows themselves."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -122,3 +139,9 @@ class PreferenceBatch(TensorRecord):
     chosen_lengths: torch.Tensor  # i64[B]
     rejected_ids: torch.Tensor  # i64[B, T]
     rejected_lengths: torch.Tensor  # i64[B]
+
+    sequences_per_row: ClassVar[int] = 2
+
+    def sequences(self) -> TokenBatch:
+        """What a model reads: 2 B sequences, the chosen of every pair, then the rejected of every pair."""
+        return TokenBatch(torch.cat([self.chosen_ids, self.rejected_ids]), torch.cat([self.chosen_lengths, self.rejected_lengths]))
