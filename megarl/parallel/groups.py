@@ -1,0 +1,110 @@
+"""Process groups and Megatron's parallel state from a layout. The torchrun environment is read here and nowhere else."""
+
+import os
+import random
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Literal
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megarl.config import ParallelConfig
+from megarl.errors import LayoutError
+from megarl.parallel import device
+from megarl.parallel.layout import ParallelLayout
+
+device.prepare()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (the host is prepared first)
+
+Axis = Literal["tp", "pp", "dp", "model", "world"]
+
+
+def rank_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun set them; (0, 1, 0) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
+    """Start torch.distributed (unless started), Megatron's parallel state and the random states. Every rank calls it.
+
+    The rendezvous is torchrun's, or none for a world of one; a default process group that exists already is kept. A second
+    call in one process replaces the layout. Raises `LayoutError` when the layout does not fit the world.
+    """
+    rank, world_size, local_rank = rank_from_environment()
+    layout = ParallelLayout(tensor=parallel.tensor, pipeline=parallel.pipeline, world_size=world_size, rank=rank)
+    if device.is_cuda():
+        if local_rank >= torch.cuda.device_count():
+            raise LayoutError(
+                f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; start at most that many ranks a host"
+            )
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        _start_torch_distributed(rank, world_size, parallel.timeout_s)
+    if dist.get_world_size() != world_size:
+        raise LayoutError(f"torch.distributed holds {dist.get_world_size()} ranks; expected WORLD_SIZE {world_size}")
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        distributed_timeout_minutes=parallel.timeout_s / 60,
+    )
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return layout
+
+
+def _start_torch_distributed(rank: int, world_size: int, timeout_s: int) -> None:
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if not device.is_cuda():
+        if local_world_size == world_size:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look the host name up, which need not resolve
+        threads = os.environ.get("OMP_NUM_THREADS")
+        torch.set_num_threads(int(threads) if threads else max(1, (os.cpu_count() or 1) // local_world_size))
+    arguments = {"backend": device.process_group_backend(), "timeout": timedelta(seconds=timeout_s)}
+    if device.is_cuda():
+        arguments["device_id"] = device.device()
+    if "MASTER_ADDR" not in os.environ:
+        if world_size > 1:
+            raise LayoutError(f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set; start the ranks with torchrun")
+        arguments.update(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(**arguments)
+
+
+def group(layout: ParallelLayout, axis: Axis) -> dist.ProcessGroup:
+    """The process group of this rank along `axis`; its ranks are `layout.ranks_along(axis)`, in that order."""
+    if axis == "world":
+        return dist.group.WORLD
+    found = {
+        "tp": parallel_state.get_tensor_model_parallel_group,
+        "pp": parallel_state.get_pipeline_model_parallel_group,
+        "dp": parallel_state.get_data_parallel_group,
+        "model": parallel_state.get_model_parallel_group,
+    }[axis]()
+    assert sorted(dist.get_process_group_ranks(found)) == sorted(layout.ranks_along(axis)), (axis, layout)
+    return found
+
+
+def new_group_of(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """A group for each set of ranks in `partition`; returns the one that holds this rank. Every rank of the world calls it."""
+    rank, mine = dist.get_rank(), None
+    for ranks in partition:
+        created = dist.new_group(list(ranks))
+        if rank in ranks:
+            mine = created
+    if mine is None:
+        raise ValueError(f"rank {rank} is in no part of {partition}")
+    return mine
+
+
+def shutdown() -> None:
+    """Leave Megatron's parallel state and torch.distributed. Every rank calls it; harmless when nothing was started."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
