@@ -210,15 +210,21 @@ def check_shapes(path: Path, shapes: dict[str, tuple[int, ...]], source: TensorS
             )
 
 
-def _open_checkpoint(directory: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
+def find_model(directory: Path, role: str) -> Path:
+    """The directory inside a checkpoint that holds the model a model of `role` starts from. Raises `CheckpointError` when there is none."""
     models = manifests.read_manifest(directory).models
     preferred = {"actor": ["actor"], "critic": ["critic", "reward", "actor"], "reward": ["reward"]}[role]
     model = next((name for name in preferred if name in models), None)
     if model is None:
         wanted = "a reward model" if role == "reward" else "a language model"
         raise CheckpointError(f"{directory} holds the models {sorted(models)}; expected {wanted} for the role {role}")
-    has_head = role == "actor" or models[model].role == "critic"
-    return read_spec(directory / model), CheckpointSource(directory, model), has_head
+    return directory / model
+
+
+def _open_checkpoint(directory: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
+    model = find_model(directory, role)
+    has_head = role == "actor" or manifests.read_manifest(directory).models[model.name].role == "critic"
+    return read_spec(model), CheckpointSource(directory, model.name), has_head
 
 
 def _open_hugging_face(directory: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:

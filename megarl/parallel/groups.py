@@ -1,4 +1,4 @@
-"""Process groups and Megatron's parallel state from a layout. The torchrun environment is read here and nowhere else."""
+"""Process groups and Megatron's parallel state from a layout. The torchrun environment is read here and in `torchrun`, nowhere else."""
 
 import os
 import random
@@ -14,17 +14,13 @@ from megarl.config import ParallelConfig
 from megarl.errors import LayoutError
 from megarl.parallel import device
 from megarl.parallel.layout import ParallelLayout
+from megarl.parallel.torchrun import rank_from_environment
 
 device.prepare()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (the host is prepared first)
 
 Axis = Literal["tp", "pp", "dp", "model", "world"]
-
-
-def rank_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun set them; (0, 1, 0) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
