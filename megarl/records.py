@@ -68,8 +68,8 @@ class Trajectory:
 class TensorRecord:
     """Shared behaviour of records whose fields are tensors with one row a sequence."""
 
-    def rows(self, index: torch.Tensor):
-        """The record with only the rows `index` (i64[n] or bool[B]), in that order."""
+    def rows(self, index: torch.Tensor | slice):
+        """The record with only the rows `index` (i64[n], bool[B] or a slice), in that order."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def padded(self, num_rows: int):
