@@ -21,9 +21,7 @@ CONFIG_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.val
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def export(
-    checkpoint: Path, out: Path, model: str | None = None, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> Path:
+def export(checkpoint: Path, out: Path, model: str | None = None, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> Path:
     """Write the model of a checkpoint as `transformers` and vLLM read it, and return `out`.
 
     Args: `checkpoint` is a checkpoint or a run's output directory (its newest one); `model` a name in it (default: `actor`, else the only
@@ -32,7 +30,9 @@ def export(
     """
     directory = manifests.find_checkpoint(Path(checkpoint))
     if directory is None:
-        raise CheckpointError(f"{checkpoint} is no checkpoint and holds none (checkpoints/step-*): expected a directory with {manifests.MANIFEST}")
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint and holds none (checkpoints/step-*): expected a directory with {manifests.MANIFEST}"
+        )
     manifest = manifests.read_manifest(directory)
     model = _choose(directory, manifest, model)
     spec, source = read_spec(directory / model), CheckpointSource(directory, model)
@@ -73,9 +73,7 @@ def plan_shards(entries: list[TensorEntry], max_shard_bytes: int) -> list[list[T
     return shards
 
 
-def write_shards(
-    directory: Path, entries: list[TensorEntry], produce: Callable[[TensorEntry], torch.Tensor], max_shard_bytes: int
-) -> None:
+def write_shards(directory: Path, entries: list[TensorEntry], produce: Callable[[TensorEntry], torch.Tensor], max_shard_bytes: int) -> None:
     """Write `model-00001-of-0000N.safetensors` files and their index."""
     shards = plan_shards(entries, max_shard_bytes)
     weight_map = {}
@@ -97,16 +95,19 @@ def hf_config(spec: ModelSpec, is_scalar_head: bool, dtype: torch.dtype, tokens:
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     else:
         config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
-    return config | {name: value for name, value in _token_ids(tokens).items() if value is not None}
+    ends = config.get("eos_token_id")
+    ids = {name: value for name, value in _token_ids(tokens).items() if value is not None}
+    if isinstance(ends, list) and tokens.eos_id in ends:
+        ids["eos_token_id"] = ends  # a model with several end tokens keeps them all
+    return config | ids
 
 
-def _write_configs(
-    staging: Path, directory: Path, manifest: Manifest, model: str, spec: ModelSpec, dtype: torch.dtype
-) -> None:
+def _write_configs(staging: Path, directory: Path, manifest: Manifest, model: str, spec: ModelSpec, dtype: torch.dtype) -> None:
     is_scalar_head = manifest.models[model].role == "critic"
-    write_text(staging / "config.json", json.dumps(hf_config(spec, is_scalar_head, dtype, manifest.tokenizer), indent=2))
+    config = hf_config(spec, is_scalar_head, dtype, manifest.tokenizer)
+    write_text(staging / "config.json", json.dumps(config, indent=2))
     if not is_scalar_head:
-        tokens = {name: value for name, value in _token_ids(manifest.tokenizer).items() if value is not None}
+        tokens = {name: config[name] for name in _token_ids(manifest.tokenizer) if config.get(name) is not None}
         write_text(staging / "generation_config.json", json.dumps(tokens, indent=2))
     for path, file in manifest.files_of("tokenizer").items():
         manifests.verify(directory, path, file)
