@@ -19,7 +19,7 @@ fi
 
 nproc_node=${NPROC:-$((MEGARL_HOST_GPUS > 0 ? MEGARL_HOST_GPUS : 1))}
 [[ $nproc_node =~ ^[1-9][0-9]*$ ]] || { echo "megarl: NPROC is '$nproc_node'; expected a number of ranks" >&2; exit 2; }
-nnodes=${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}
+nnodes=${NNODES:-${SLURM_STEP_NUM_NODES:-1}} # outside srun a Slurm job is one node too
 node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
 
 # A rank gets its share of the cores; more threads than cores only wait for one another.
@@ -37,7 +37,7 @@ else
     # torchrun shares one key-value store between rounds of workers unless told not to; workers then read stale addresses.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+        head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
         port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
         id=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-${SLURM_STEP_ID:-0}
     else

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"megarl: rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr)
             return 128 - failure.exitcode
         if failure.exitcode != MegarlError.exit_code:
-            print(f"megarl: rank {rank} (pid {failure.pid}) failed with exit code {failure.exitcode}; its message is above", file=sys.stderr)
+            print(f"megarl: rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode}: see its message", file=sys.stderr)
         return failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
