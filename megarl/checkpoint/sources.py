@@ -221,10 +221,24 @@ def find_model(directory: Path, role: str) -> Path:
     return directory / model
 
 
-def _open_checkpoint(directory: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
-    model = find_model(directory, role)
-    has_head = role == "actor" or manifests.read_manifest(directory).models[model.name].role == "critic"
-    return read_spec(model), CheckpointSource(directory, model.name), has_head
+def find_model(checkpoint: Path, role: str) -> Path:
+    """The directory of the model in a checkpoint that a model of `role` starts from; it holds `config.json`.
+
+    Raises `CheckpointError` when the checkpoint has none.
+    """
+    models = manifests.read_manifest(checkpoint).models
+    preferred = {"actor": ["actor"], "critic": ["critic", "reward", "actor"], "reward": ["reward"]}[role]
+    for name in preferred:
+        if name in models:
+            return checkpoint / name
+    wanted = "a reward model" if role == "reward" else "a language model"
+    raise CheckpointError(f"{checkpoint} holds the models {sorted(models)}; expected {wanted} for the role {role}")
+
+
+def _open_checkpoint(checkpoint: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
+    directory = find_model(checkpoint, role)
+    source = CheckpointSource(checkpoint, directory.name)
+    return read_spec(directory), source, role == "actor" or source.manifest.models[directory.name].role == "critic"
 
 
 def _open_hugging_face(directory: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
