@@ -7,20 +7,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megarl.config import KlConfig
 from megarl.metrics.values import Deviation, ExplainedVariance, Largest, Metric, Metrics, Total, mean_of
-from megarl.ppo.kl import kl_estimate, kl_of_sequences
+from megarl.ppo.kl import Estimator, kl_estimate, kl_of_sequences
 from megarl.records import Experience, Trajectory
 
 
-def describe(experience: Experience, kl: KlConfig) -> Metrics:
+def describe(experience: Experience, kl_estimator: Estimator | None, kl_coef: float) -> Metrics:
     """This rank's share of the step's metrics; nothing is communicated.
 
     `kl/token_mean` (response-token mean of each sequence, then mean over sequences) is what the adaptive controller watches;
-    `kl/sequence_sum` is what targets published for trlx refer to (semantics section 1).
+    `kl/sequence_sum` is what targets published for trlx refer to (semantics section 1). With `kl_estimator` None, a run without a
+    reference, nothing is said about KL. `kl_coef` is the coefficient this step used.
     """
     mask = experience.response_mask
-    kl_tokens = kl_estimate(experience.old_logprobs, experience.ref_logprobs, mask, kl.estimator)
     lengths = mask.sum(1)
     gap = (experience.rollout_logprobs - experience.old_logprobs)[mask].abs()
     values, returns, advantages = (t[mask] for t in (experience.values, experience.returns, experience.advantages))
@@ -28,8 +27,7 @@ def describe(experience: Experience, kl: KlConfig) -> Metrics:
         {
             "reward/mean": mean_of(experience.rewards),
             "reward/std": Deviation.of(experience.rewards),
-            "kl/token_mean": mean_of(kl_of_sequences(kl_tokens, mask)),
-            "kl/sequence_sum": mean_of(kl_tokens.sum(1)),
+            **({} if kl_estimator is None else _kl(experience, kl_estimator, kl_coef)),
             "response/length": mean_of(lengths),
             "response/longest": Largest(lengths.max()),
             "response/truncated_share": mean_of(experience.truncated),
@@ -49,6 +47,16 @@ def describe_rewards(trajectories: Sequence[Trajectory]) -> Metrics:
     for trajectory in trajectories:
         total = total + Metrics({f"reward/{name}": Metric(float(part)) for name, part in trajectory.reward_parts.items()})
     return total
+
+
+def _kl(experience: Experience, estimator: Estimator, kl_coef: float) -> dict[str, Metric]:
+    mask = experience.response_mask
+    kl = kl_estimate(experience.old_logprobs, experience.ref_logprobs, mask, estimator)
+    return {
+        "kl/token_mean": mean_of(kl_of_sequences(kl, mask)),
+        "kl/sequence_sum": mean_of(kl.sum(1)),
+        "kl/coef": Metric(kl_coef),
+    }
 
 
 def _mean_and_std(name: str, numbers: Tensor) -> dict[str, Metric | Deviation]:

@@ -1,0 +1,73 @@
+"""The station between the sampler and the models: rewards for completions, then one padded batch of the same T on every rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megarl.data.batching import pack, padded_length
+from megarl.data.tokenizers import Tokenizer
+from megarl.errors import MegarlError
+from megarl.parallel import collectives, device, groups
+from megarl.parallel.layout import ParallelLayout
+from megarl.records import Completion, Prompt, RolloutBatch, Trajectory
+from megarl.rewards.scorer import WeightedSum
+
+TOKENS_A_TENSOR_RANK = 8  # T is a multiple of this on every tensor-parallel rank: aligned for tensor cores
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores and packs the completions of one data-parallel replica. Both methods are entered by every rank of the world."""
+
+    rewards: WeightedSum
+    tokenizer: Tokenizer
+    layout: ParallelLayout
+
+    def trajectories(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Trajectory]:
+        """One trajectory a completion; completions come prompt by prompt, equally many for each.
+
+        Raises `RewardError` on every rank when any rank's reward is not finite, naming the prompt and the rank.
+        """
+        samples = len(completions) // len(prompts)
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        trajectories, error = [], None
+        try:
+            trajectories = self.rewards.judge(repeated, completions, self.tokenizer)
+        except MegarlError as failure:
+            error = failure
+        collectives.agree(error, groups.group(self.layout, "world"))
+        return trajectories
+
+    def pack(self, trajectories: Sequence[Trajectory], num_prompts: int) -> RolloutBatch:
+        """The padded batch on this rank's device. `num_prompts` of this data rank; every data rank has equally many samples."""
+        longest = max(len(t.prompt.token_ids) + len(t.completion.token_ids) for t in trajectories)
+        lengths = collectives.gather_json(longest, groups.group(self.layout, "dp"))
+        samples, first = len(trajectories) // num_prompts, self.layout.dp_rank * len(trajectories)
+        sample_ids = range(first, first + len(trajectories))
+        batch, error = None, None
+        try:
+            batch = pack(
+                trajectories,
+                pad_id=self.tokenizer.pad_id,
+                length=padded_length(lengths, TOKENS_A_TENSOR_RANK * self.layout.tensor),
+                sample_ids=sample_ids,
+                group_ids=[sample_id // samples for sample_id in sample_ids],
+            )
+        except MegarlError as failure:
+            error = failure
+        collectives.agree(error, groups.group(self.layout, "world"))
+        return batch.to(device.device())
+
+    def samples(self, trajectories: Sequence[Trajectory], count: int) -> list[dict]:
+        """The first `count` trajectories for people to read, as JSON objects."""
+        return [
+            {
+                "prompt": t.prompt.text,
+                "response": self.tokenizer.decode_response(t.completion.token_ids),
+                "answer": t.prompt.answer,
+                "finish_reason": t.completion.finish_reason,
+                "policy_version": t.completion.policy_version,
+                "reward": t.reward,
+                **{f"reward/{name}": part for name, part in t.reward_parts.items()},
+            }
+            for t in trajectories[:count]
+        ]
