@@ -221,20 +221,6 @@ def find_model(directory: Path, role: str) -> Path:
     return directory / model
 
 
-def find_model(checkpoint: Path, role: str) -> Path:
-    """The directory of the model in a checkpoint that a model of `role` starts from; it holds `config.json`.
-
-    Raises `CheckpointError` when the checkpoint has none.
-    """
-    models = manifests.read_manifest(checkpoint).models
-    preferred = {"actor": ["actor"], "critic": ["critic", "reward", "actor"], "reward": ["reward"]}[role]
-    for name in preferred:
-        if name in models:
-            return checkpoint / name
-    wanted = "a reward model" if role == "reward" else "a language model"
-    raise CheckpointError(f"{checkpoint} holds the models {sorted(models)}; expected {wanted} for the role {role}")
-
-
 def _open_checkpoint(checkpoint: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
     directory = find_model(checkpoint, role)
     source = CheckpointSource(checkpoint, directory.name)
