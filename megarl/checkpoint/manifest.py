@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megarl.bridge.plan import Box
 from megarl.checkpoint import sharded
-from megarl.checkpoint.sharded import Box
 from megarl.errors import CheckpointError
 
 FORMAT = 1

@@ -1,6 +1,6 @@
-"""Tensors on disk: safetensors files written one tensor at a time, and whole tensors put together again from pieces of many files.
+"""Tensors on disk: safetensors files written one tensor at a time, and whole the check that pieces make up whole tensors.
 
-A *box* is one `(offset, size)` pair an axis, in Hugging Face coordinates of the named tensor.
+Boxes are those of `bridge.plan`: one `(offset, size)` pair an axis, in Hugging Face coordinates of the named tensor.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-Box = tuple[tuple[int, int], ...]
+from megarl.bridge.plan import Box, intersect, num_elements
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -57,27 +57,6 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, size) for size in shape)
 
 
-def volume(box: Box) -> int:
-    """Number of elements in a box."""
-    return math.prod(size for _, size in box)
-
-
-def intersect(a: Box, b: Box) -> Box | None:
-    """The box two boxes of one tensor share, or None."""
-    shared = []
-    for (a_offset, a_size), (b_offset, b_size) in zip(a, b, strict=True):
-        low, high = max(a_offset, b_offset), min(a_offset + a_size, b_offset + b_size)
-        if low >= high:
-            return None
-        shared.append((low, high - low))
-    return tuple(shared)
-
-
-def slices_in(box: Box, outer: Box) -> tuple[slice, ...]:
-    """Indices of `box` inside a tensor that holds exactly `outer`."""
-    return tuple(slice(offset - start, offset - start + size) for (offset, size), (start, _) in zip(box, outer, strict=True))
-
-
 def cover_faults(shapes: Mapping[str, tuple[int, ...]], boxes: Iterable[tuple[str, Box]]) -> list[str]:
     """What is wrong when `boxes` should cover every element of every tensor in `shapes` exactly once. Empty when nothing is."""
     held: dict[str, list[Box]] = {name: [] for name in shapes}
@@ -90,7 +69,7 @@ def cover_faults(shapes: Mapping[str, tuple[int, ...]], boxes: Iterable[tuple[st
         else:
             held[name].append(box)
     for name, pieces in held.items():
-        expected, found = math.prod(shapes[name]), sum(volume(box) for box in pieces)
+        expected, found = math.prod(shapes[name]), sum(num_elements(box) for box in pieces)
         if found < expected:
             faults.append(f"{name} has {found} of {expected} elements")
         elif found > expected or any(intersect(a, b) for i, a in enumerate(pieces) for b in pieces[:i]):

@@ -7,9 +7,10 @@ from pathlib import Path, PurePosixPath
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megarl.bridge.plan import Box, intersect, num_elements, within
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import Manifest, StoredTensor
-from megarl.checkpoint.sharded import DTYPES, Box, intersect, slices_in, volume, whole
+from megarl.checkpoint.sharded import DTYPES, whole
 from megarl.errors import CheckpointError, WeightMapError
 from megarl.models.family import ModelSpec, read_spec
 from megarl.models.pieces import TensorSource
@@ -54,7 +55,7 @@ class SafetensorsSource:
         if len(shape) != len(box) or any(offset + size > full for (offset, size), full in zip(box, shape, strict=True)):
             expected = [offset + size for offset, size in box]
             raise WeightMapError(f"{self.directory / self._file_of[name]}: {name} has shape {list(shape)}; expected at least {expected}")
-        return part[slices_in(box, whole(shape))]
+        return part[within(box, whole(shape))]
 
     def _slice(self, name: str):
         file = self.file_of(name)
@@ -130,15 +131,15 @@ class CheckpointSource:
         found = 0
         for path, piece in pieces:
             if (shared := intersect(piece.box, box)) is not None:
-                out[slices_in(shared, box)] = self._read_piece(path, piece, shared)
-                found += volume(shared)
-        if found != volume(box):
-            raise CheckpointError(f"{self.directory}: {name} has {found} of the {volume(box)} elements in the box {box}")
+                out[within(shared, box)] = self._read_piece(path, piece, shared)
+                found += num_elements(shared)
+        if found != num_elements(box):
+            raise CheckpointError(f"{self.directory}: {name} has {found} of the {num_elements(box)} elements in the box {box}")
         return out
 
     def _read_piece(self, path: str, piece: StoredTensor, box: Box) -> torch.Tensor:
         try:
-            return self._open(path).get_slice(piece.key)[slices_in(box, piece.box)]
+            return self._open(path).get_slice(piece.key)[within(box, piece.box)]
         except SafetensorError as error:
             raise CheckpointError(f"{self.directory / path}: {piece.key}: {error}") from error
 
@@ -172,7 +173,7 @@ class RandomScoreSource:
         return tuple(self._score.shape) if name == SCORE else self._source.shape(name)
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        return self._score[slices_in(box, whole(self._score.shape))].clone() if name == SCORE else self._source.read(name, box)
+        return self._score[within(box, whole(self._score.shape))].clone() if name == SCORE else self._source.read(name, box)
 
 
 def open_weights(path: Path, role: str) -> tuple[ModelSpec, TensorSource]:

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from megarl.bridge.plan import num_elements
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import FORMAT, Manifest, StoredFile, StoredLayout, StoredModel, read_manifest, step_directories, verify
 from megarl.checkpoint.publish import publish, versions
-from megarl.checkpoint.sharded import TensorEntry, cover_faults, intersect, measure, slices_in, volume, whole, write_tensors, write_text
+from megarl.checkpoint.sharded import TensorEntry, cover_faults, measure, write_tensors, write_text
 from megarl.checkpoint.train_state import TrainState
 from megarl.errors import CheckpointError
 
@@ -56,13 +57,8 @@ def test_any_grid_of_pieces_covers_exactly_once(rows, columns, row_cuts, column_
     assert cover_faults(shapes, [("w", box) for box in boxes]) == []
     assert cover_faults(shapes, [("w", box) for box in boxes[1:]])
     assert cover_faults(shapes, [("w", box) for box in [*boxes, boxes[0]]])
-    if len(boxes) > 1 and volume(boxes[0]) == volume(boxes[1]):
+    if len(boxes) > 1 and num_elements(boxes[0]) == num_elements(boxes[1]):
         assert cover_faults(shapes, [("w", box) for box in [boxes[1], *boxes[1:]]])
-    full = torch.arange(rows * columns).view(rows, columns)
-    for a in boxes:
-        for b in boxes:
-            assert (intersect(a, b) is None) == (a != b)
-        assert torch.equal(full[slices_in(a, whole(full.shape))].reshape(-1), full[tuple(slice(o, o + n) for o, n in a)].reshape(-1))
 
 
 def test_cover_names_unknown_tensors_and_boxes_outside():
