@@ -51,4 +51,4 @@ else
     rendezvous+=(--rdzv-conf "is_host=$([[ $node_rank == 0 ]] && echo 1 || echo 0),join_timeout=600")
 fi
 
-exec "$MEGARL_PYTHON" -m megarl.torchrun "${common[@]}" "${rendezvous[@]}" --module "${MEGARL_MODULE:-megarl}" "$@"
+exec "$MEGARL_PYTHON" -m megarl.launcher "${common[@]}" "${rendezvous[@]}" --module "${MEGARL_MODULE:-megarl}" "$@"

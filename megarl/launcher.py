@@ -1,4 +1,4 @@
-"""`python -m megarl.torchrun`: torch's own launcher with a quieter, more truthful end.
+"""`python -m megarl.launcher`: torch's own launcher with a quieter, more truthful end.
 
 torchrun turns every exit code of a rank into 1 and adds a page of its own to the message the failing rank has printed. Here the exit code
 of the first rank that failed is passed on (2: a user's mistake, already explained in one line by that rank), and a rank that could not
@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 
-import torch.distributed.run as torchrun
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
