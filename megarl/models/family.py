@@ -1,0 +1,62 @@
+"""The families megarl knows, and the way from a Hugging Face directory to a `ModelSpec`. Pure: no torch, no Megatron.
+
+To add a family, write one file like `qwen3.py` (config translation and weight table) and list it in `FAMILIES`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import WeightMapError
+from megarl.models.hf_config import Family, HfConfig
+from megarl.models.llama import LLAMA
+from megarl.models.qwen2 import QWEN2
+from megarl.models.qwen3 import QWEN3
+from megarl.models.spec import ModelSpec, Role, check_layout, padded_vocab, stage_layers
+from megarl.models.weight_table import Rows, WeightTable
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "ModelSpec",
+    "Role",
+    "Rows",
+    "WeightTable",
+    "check_layout",
+    "padded_vocab",
+    "read_spec",
+    "spec_from_hf_config",
+    "stage_layers",
+]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3)}
+
+
+def read_spec(directory: Path) -> ModelSpec:
+    """The model that `directory`/config.json describes. Raises `WeightMapError` for a missing, broken or unknown one."""
+    path = Path(directory) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightMapError(f"{path} cannot be read ({error.strerror}); expected a Hugging Face model directory") from error
+    except ValueError as error:
+        raise WeightMapError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise WeightMapError(f"{path} holds a {type(values).__name__}; expected a JSON object")
+    return spec_from_hf_config(values, where=str(path))
+
+
+def spec_from_hf_config(values: dict[str, Any], where: str = "hf_config") -> ModelSpec:
+    """The model that these keys of a config.json describe; `where` names their file in messages."""
+    config = HfConfig(values, where)
+    config.refuse_what_no_family_computes()
+    kind, architectures = values.get("model_type"), values.get("architectures") or []
+    if kind not in FAMILIES:
+        raise WeightMapError(
+            f"{where}: model_type is {kind!r}; megarl has tables for {', '.join(FAMILIES)} (a new family is one file in megarl/models)"
+        )
+    family = FAMILIES[kind]
+    unknown = [name for name in architectures if name not in family.architectures]
+    if unknown:
+        raise WeightMapError(f"{where}: architectures holds {unknown[0]!r}; the {kind} table serves {' and '.join(family.architectures)}")
+    return family.translate(config)

@@ -1,0 +1,123 @@
+"""Reads a Hugging Face config.json key by key and refuses what our decoders do not compute. Pure: no torch, no transformers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megarl.errors import WeightMapError
+from megarl.models.spec import ModelSpec, Role
+from megarl.models.weight_table import WeightTable
+
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models, one file: how its config.json becomes a `ModelSpec`, and its weight table."""
+
+    name: str  # Hugging Face `model_type`
+    architectures: tuple[str, ...]
+    translate: Callable[["HfConfig"], ModelSpec]
+    table: Callable[[ModelSpec, Role], WeightTable]
+
+
+class HfConfig:
+    """The keys of one config.json. `where` names the file in messages. Every refusal is a `WeightMapError`."""
+
+    def __init__(self, values: dict[str, Any], where: str):
+        self.values = values
+        self.where = where
+
+    def number(self, key: str, default: int | float | None = None) -> Any:
+        """A positive number; a missing or null key takes `default`, or is refused when there is none."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise WeightMapError(f"{self.where}: {key} is {value!r}; expected a positive number")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.number(key, default)
+        if not isinstance(value, int):
+            raise WeightMapError(f"{self.where}: {key} is {value!r}; expected a whole number")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.values.get(key)
+        return default if value is None else bool(value)
+
+    def refuse_unless(self, key: str, *accepted: Any) -> None:
+        """Refuse the file unless `key` is missing, null or one of `accepted`: nothing here computes anything else."""
+        value = self.values.get(key)
+        if value is not None and value not in accepted:
+            raise WeightMapError(f"{self.where}: {key} is {value!r}; megarl computes only {' or '.join(repr(item) for item in accepted)}")
+
+    def refuse_what_no_family_computes(self) -> None:
+        """Refuse remote code, quantised weights, dropout, sliding windows, other activations, part-rotary heads."""
+        if "auto_map" in self.values:
+            raise WeightMapError(f"{self.where}: auto_map asks for code from the model's directory, which megarl never runs")
+        if self.values.get("quantization_config"):
+            raise WeightMapError(f"{self.where}: quantization_config is set; export the model in bf16 or fp32 first")
+        self.refuse_unless("hidden_act", "silu")
+        self.refuse_unless("attention_dropout", 0)
+        self.refuse_unless("use_sliding_window", False)
+        self.refuse_unless("partial_rotary_factor", 1.0)
+        others = set(self.values.get("layer_types") or ()) - {"full_attention"}
+        if others:
+            raise WeightMapError(f"{self.where}: layer_types holds {sorted(others)}; megarl computes only full_attention")
+
+    def rope(self, default_theta: float = 10000.0) -> tuple[float, dict[str, Any] | None]:
+        """(theta, Llama 3 scaling or None), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+        parameters = self.values.get("rope_parameters")
+        key = "rope_parameters" if parameters else "rope_scaling"
+        parameters = parameters or self.values.get("rope_scaling") or {}
+        if not isinstance(parameters, dict):
+            raise WeightMapError(f"{self.where}: {key} is {parameters!r}; expected a mapping")
+        theta = float(parameters.get("rope_theta") or self.number("rope_theta", default_theta))
+        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise WeightMapError(f"{self.where}: {key}.partial_rotary_factor is set; megarl rotates whole heads")
+        if kind == "default":
+            return theta, None
+        if kind != "llama3":
+            raise WeightMapError(f"{self.where}: {key} is of type {kind!r}; megarl computes 'default' and 'llama3'")
+        missing = [name for name in LLAMA3_SCALING if not isinstance(parameters.get(name), int | float)]
+        if missing:
+            raise WeightMapError(f"{self.where}: {key} of type llama3 lacks {', '.join(missing)}")
+        return theta, {name: parameters[name] for name in LLAMA3_SCALING}
+
+    def spec(self, family: str, head_dim: int, num_kv_heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> ModelSpec:
+        """The `ModelSpec` from the keys that all families name alike and the given ones that they do not."""
+        num_heads = self.count("num_attention_heads")
+        if num_heads % num_kv_heads:
+            raise WeightMapError(
+                f"{self.where}: num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
+            )
+        rope_theta, rope_scaling = self.rope()
+        return ModelSpec(
+            family=family,
+            num_layers=self.count("num_hidden_layers"),
+            hidden_size=self.count("hidden_size"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            ffn_size=self.count("intermediate_size"),
+            vocab_size=self.count("vocab_size"),
+            norm_eps=float(self.number("rms_norm_eps", 1e-6)),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            tied=self.flag("tie_word_embeddings"),
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            max_positions=self.count("max_position_embeddings", 2048),
+            hf_config=self.values,
+        )
+
+    def even_head_dim(self) -> int:
+        """hidden_size / num_attention_heads, refused when it is not whole."""
+        hidden, heads = self.count("hidden_size"), self.count("num_attention_heads")
+        if hidden % heads:
+            raise WeightMapError(f"{self.where}: num_attention_heads {heads} does not divide hidden_size {hidden}; set head_dim")
+        return hidden // heads
