@@ -1,0 +1,148 @@
+"""From hidden states to numbers about tokens: log-probabilities, entropy, values, scores. The one next-token shift is here.
+
+Axis letters: S positions (at least T; split over tensor-parallel ranks under sequence parallelism), B sequences, T tokens, H hidden
+width, N selected tokens. Hidden states are `[S, B, H]`, Megatron's order; results are `[B, T]` on the house's time axis: entry t speaks
+about token t and comes from the hidden state at position t - 1; entry 0 is 0. All functions are differentiable, entered by every
+tensor-parallel rank of the last stage with equal tokens and masks, and give every one of them the same result.
+
+*Heads* are what `parallel.pipeline` applies to the last stage's hidden states: these functions with their settings.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.models.vocabulary import VocabularyShard, vocabulary_stats
+from megarl.parallel import device
+from megarl.records import TokenBatch
+
+device.prepare()
+
+from megatron.core import parallel_state  # noqa: E402  (the host is prepared first)
+from megatron.core.tensor_parallel.mappings import (  # noqa: E402
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+
+def token_stats(
+    model: torch.nn.Module,
+    hidden: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    logits_bytes: int,
+    with_entropy: bool,
+    vocab_size: int,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every token and, when asked, entropy (nats) of the distribution it came from, both f32[B, T].
+
+    The output layer runs only where `mask` (bool[B, T], default everywhere) is True, on slices of tokens whose float32 logits take at
+    most `logits_bytes` on a rank; results are 0 elsewhere. `temperature` divides the logits; columns from `vocab_size` on are padding.
+    """
+    core = unwrapped(model)
+    is_split = core.config.sequence_parallel
+    if is_split:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    positions, tokens, factor = _selected(mask)
+    rows = hidden.flatten(0, 1).index_select(0, positions)
+    if not is_split:
+        rows = copy_to_tensor_model_parallel_region(rows)
+    weight = output_weight(core)
+    shard = VocabularyShard(
+        first_column=parallel_state.get_tensor_model_parallel_rank() * len(weight),
+        vocab_size=vocab_size,
+        temperature=temperature,
+        rows_per_slice=max(1, logits_bytes // (4 * len(weight))),
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    logprobs, entropy = vocabulary_stats(rows, weight, token_ids.flatten()[tokens], shard, with_entropy)
+    empty = logprobs.new_zeros(token_ids.numel())
+    return (empty.index_copy(0, tokens, logprobs * factor).view_as(token_ids), empty.index_copy(0, tokens, entropy * factor).view_as(token_ids))
+
+
+def values(model: torch.nn.Module, hidden: Tensor, num_tokens: int) -> Tensor:
+    """The scalar head's value before each token is chosen, f32[B, T] for T = `num_tokens`."""
+    outputs = _head_outputs(model, hidden)[:, : num_tokens - 1]
+    return torch.cat([torch.zeros_like(outputs[:, :1]), outputs], dim=1) if num_tokens > 1 else outputs.new_zeros((len(outputs), num_tokens))
+
+
+def scores_at_end(model: torch.nn.Module, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The scalar head at the last token of each sequence, f32[B]; `lengths` i64[B]. Source: semantics section 5."""
+    return _head_outputs(model, hidden).gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class LogprobHead:
+    """f32[B, T] log-probabilities where `mask_field` of the rows (bool[B, T]) is True, 0 elsewhere; everywhere when it is None."""
+
+    vocab_size: int
+    logits_bytes: int
+    temperature: float = 1.0
+    mask_field: str | None = None
+
+    def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> Tensor:
+        return self.stats(model, hidden, sequences, rows, with_entropy=False)[0]
+
+    def stats(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        mask = None if self.mask_field is None else getattr(rows, self.mask_field)
+        return token_stats(
+            model, hidden, sequences.token_ids, self.temperature, self.logits_bytes, with_entropy, self.vocab_size, mask
+        )
+
+    def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
+        return tuple(sequences.token_ids.shape)
+
+
+@dataclass(frozen=True)
+class PolicyHead(LogprobHead):
+    """Log-probabilities and entropy, f32[B, T] each, for learning."""
+
+    def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> tuple[Tensor, Tensor]:
+        return self.stats(model, hidden, sequences, rows, with_entropy=True)
+
+
+@dataclass(frozen=True)
+class ValueHead:
+    """f32[B, T] values of the scalar head."""
+
+    def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> Tensor:
+        return values(model, hidden, sequences.token_ids.shape[1])
+
+    def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
+        return tuple(sequences.token_ids.shape)
+
+
+@dataclass(frozen=True)
+class ScoreHead:
+    """f32[B] scores: the scalar head at the last token."""
+
+    def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> Tensor:
+        return scores_at_end(model, hidden, sequences.lengths)
+
+    def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
+        return tuple(sequences.lengths.shape)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside Megatron's wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _selected(mask: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Where to look and where to write: rows of hidden [S B, H] and entries of [B T], both i64[N], and a factor for the results.
+
+    A rank must run the head at least once a microbatch, so that its parameters always get a gradient: with nothing selected one entry
+    is taken with the factor 0.
+    """
+    num_sequences, num_tokens = mask.shape
+    sequence, before = mask[:, 1:].nonzero(as_tuple=True)  # `before` is the position before the token: the one shift
+    if len(sequence) == 0:
+        nothing = torch.zeros(1, dtype=torch.int64, device=mask.device)
+        return nothing, nothing, 0.0
+    return before * num_sequences + sequence, sequence * num_tokens + before + 1, 1.0
