@@ -1,6 +1,6 @@
 """The families megarl knows, and the way from a Hugging Face directory to a `ModelSpec`. Pure: no torch, no Megatron.
 
-To add a family, write one file like `qwen3.py` (config translation and weight table) and list it in `FAMILIES`.
+To add a family, write one file like `qwen3.py` (config translation; a weight table where `dense_decoder` does not serve) and list it in `FAMILIES`.
 """
 
 import json
@@ -12,8 +12,7 @@ from megarl.models.hf_config import Family, HfConfig
 from megarl.models.llama import LLAMA
 from megarl.models.qwen2 import QWEN2
 from megarl.models.qwen3 import QWEN3
-from megarl.models.spec import ModelSpec, Role, check_layout, padded_vocab, stage_layers
-from megarl.models.weight_table import Rows, WeightTable
+from megarl.models.spec import ModelSpec, Role, Rows, WeightTable, check_layout, padded_vocab, stage_layers
 
 __all__ = [
     "FAMILIES",

@@ -5,20 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarl.errors import WeightMapError
-from megarl.models.spec import ModelSpec, Role
-from megarl.models.weight_table import WeightTable
+from megarl.models.decoder_table import dense_decoder
+from megarl.models.spec import ModelSpec
 
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family of models, one file: how its config.json becomes a `ModelSpec`, and its weight table."""
+    """One family of models, one file: how its config.json becomes a `ModelSpec`, which brings its weight table along."""
 
     name: str  # Hugging Face `model_type`
     architectures: tuple[str, ...]
     translate: Callable[["HfConfig"], ModelSpec]
-    table: Callable[[ModelSpec, Role], WeightTable]
 
 
 class HfConfig:
@@ -88,8 +87,8 @@ class HfConfig:
             raise WeightMapError(f"{self.where}: {key} of type llama3 lacks {', '.join(missing)}")
         return theta, {name: parameters[name] for name in LLAMA3_SCALING}
 
-    def spec(self, family: str, head_dim: int, num_kv_heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> ModelSpec:
-        """The `ModelSpec` from the keys that all families name alike and the given ones that they do not."""
+    def dense_decoder(self, family: str, head_dim: int, num_kv_heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> ModelSpec:
+        """The spec of a dense decoder from the keys that the families name alike and the given ones that they do not."""
         num_heads = self.count("num_attention_heads")
         if num_heads % num_kv_heads:
             raise WeightMapError(
@@ -113,6 +112,7 @@ class HfConfig:
             qk_norm=qk_norm,
             max_positions=self.count("max_position_embeddings", 2048),
             hf_config=self.values,
+            make_table=dense_decoder,
         )
 
     def even_head_dim(self) -> int:

@@ -2,7 +2,6 @@
 
 from megarl.models.hf_config import Family, HfConfig
 from megarl.models.spec import ModelSpec
-from megarl.models.weight_table import dense_decoder
 
 
 def translate(config: HfConfig) -> ModelSpec:
@@ -10,7 +9,7 @@ def translate(config: HfConfig) -> ModelSpec:
     config.refuse_unless("attention_bias", False)
     config.refuse_unless("mlp_bias", False)
     head_dim = config.count("head_dim") if config.values.get("head_dim") else config.even_head_dim()
-    return config.spec("llama", head_dim, num_kv_heads=config.count("num_key_value_heads", config.count("num_attention_heads")))
+    return config.dense_decoder("llama", head_dim, num_kv_heads=config.count("num_key_value_heads", config.count("num_attention_heads")))
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM", "LlamaForSequenceClassification"), translate, dense_decoder)
+LLAMA = Family("llama", ("LlamaForCausalLM", "LlamaForSequenceClassification"), translate)

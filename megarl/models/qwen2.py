@@ -2,13 +2,12 @@
 
 from megarl.models.hf_config import Family, HfConfig
 from megarl.models.spec import ModelSpec
-from megarl.models.weight_table import dense_decoder
 
 
 def translate(config: HfConfig) -> ModelSpec:
     """config.json of a Qwen2 -> `ModelSpec`."""
     head_dim = config.count("head_dim") if config.values.get("head_dim") else config.even_head_dim()
-    return config.spec("qwen2", head_dim, num_kv_heads=config.count("num_key_value_heads"), qkv_bias=True)
+    return config.dense_decoder("qwen2", head_dim, num_kv_heads=config.count("num_key_value_heads"), qkv_bias=True)
 
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"), translate, dense_decoder)
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"), translate)

@@ -2,14 +2,13 @@
 
 from megarl.models.hf_config import Family, HfConfig
 from megarl.models.spec import ModelSpec
-from megarl.models.weight_table import dense_decoder
 
 
 def translate(config: HfConfig) -> ModelSpec:
     """config.json of a dense Qwen3 -> `ModelSpec`."""
     config.refuse_unless("attention_bias", False)
     head_dim = config.count("head_dim", 128)
-    return config.spec("qwen3", head_dim, num_kv_heads=config.count("num_key_value_heads"), qk_norm=True)
+    return config.dense_decoder("qwen3", head_dim, num_kv_heads=config.count("num_key_value_heads"), qk_norm=True)
 
 
-QWEN3 = Family("qwen3", ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"), translate, dense_decoder)
+QWEN3 = Family("qwen3", ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"), translate)

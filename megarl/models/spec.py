@@ -1,18 +1,61 @@
-"""What a model is, apart from how it is spread over ranks: sizes and switches of a dense decoder. Pure: no torch, no Megatron.
+"""What a model is, apart from how it is spread over ranks: its sizes, its switches, and the names of its weights. Pure: no torch.
 
-Read one with `family.read_spec`. `ModelSpec.hf_config` is its serial form: `family.spec_from_hf_config` rebuilds the spec from it.
+Read a `ModelSpec` with `family.read_spec`. Its `hf_config` is its serial form: `family.spec_from_hf_config` rebuilds the spec from it.
+
+One mapping, three users: the `WeightTable` says where every row of a Megatron tensor lies in a Hugging Face checkpoint, and import,
+export and the bridge to the sampler all read it. Its keys are Megatron's canonical ones, as `sharded_state_dict` gives them: the same
+for the local and the Transformer Engine layers and for every tensor and pipeline layout.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from megarl.errors import LayoutError
-
-if TYPE_CHECKING:
-    from megarl.models.weight_table import WeightTable
+from megarl.errors import LayoutError, WeightMapError
 
 # An actor (and its reference) ends in vocabulary logits, a critic (and a reward model) in one number a token.
 Role = Literal["actor", "critic"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [row, row + num_rows) of a Megatron tensor are rows [hf_row, hf_row + num_rows) of `hf_name`; other axes are equal."""
+
+    row: int
+    num_rows: int
+    hf_name: str
+    hf_row: int
+
+    def in_layer(self, indices: Sequence[int]) -> "Rows":
+        """The same with `{layer}` in the name filled from the axes Megatron puts in front."""
+        return Rows(self.row, self.num_rows, self.hf_name.format(layer=indices[0]) if indices else self.hf_name, self.hf_row)
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """The table of one model in one role.
+
+    `hf_shapes` lists every Hugging Face tensor with its shape; `entries` maps a canonical Megatron key to its rows, with
+    `{layer}` in the names of tensors that every layer has.
+    """
+
+    num_layers: int
+    hf_shapes: dict[str, tuple[int, ...]]
+    entries: dict[str, tuple[Rows, ...]]
+
+    def segments(self, megatron_key: str, indices: Sequence[int] = ()) -> list[Rows]:
+        """The rows of one Megatron tensor; `indices` are its positions on prepended axes, the global layer first.
+
+        Raises `WeightMapError` for a key the family does not list.
+        """
+        if megatron_key not in self.entries:
+            raise WeightMapError(f"the model holds {megatron_key}, which its family's table does not list; known: {sorted(self.entries)}")
+        return [rows.in_layer(indices) for rows in self.entries[megatron_key]]
+
+    def num_parameters(self) -> int:
+        """Elements of all Hugging Face tensors."""
+        return sum(math.prod(shape) for shape in self.hf_shapes.values())
 
 
 @dataclass(frozen=True)
@@ -35,12 +78,11 @@ class ModelSpec:
     qk_norm: bool  # RMSNorm of every query and key head
     max_positions: int
     hf_config: dict[str, Any] = field(repr=False)  # config.json as read
+    make_table: Callable[["ModelSpec", Role], WeightTable] = field(repr=False, compare=False)  # the family's
 
-    def table(self, role: Role) -> "WeightTable":
+    def table(self, role: Role) -> WeightTable:
         """The mapping between Megatron's tensors and Hugging Face's for this model in this role."""
-        from megarl.models.family import FAMILIES  # the registry names the families, which are made of this file
-
-        return FAMILIES[self.family].table(self, role)
+        return self.make_table(self, role)
 
     def num_parameters(self, role: Role) -> int:
         """Elements of all weights, the vocabulary without padding."""

@@ -1,57 +1,9 @@
-"""One mapping, three users: where every row of a Megatron tensor lies in a Hugging Face checkpoint. Pure: no torch.
-
-Keys are Megatron's canonical ones, as `sharded_state_dict` gives them: the same for the local and the Transformer Engine layers,
-for every tensor and pipeline layout. Import, export and the bridge to the sampler all read this table.
+"""The rows of a dense decoder's weight table: what Llama, Qwen2 and Qwen3 share, and the parts to build another from. Pure: no torch.
 
 A family lists its rows for layer `{layer}`; rows of a Megatron tensor that no entry names (padding of the vocabulary) mean nothing.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from megarl.errors import WeightMapError
-from megarl.models.spec import ModelSpec, Role
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows [row, row + num_rows) of a Megatron tensor are rows [hf_row, hf_row + num_rows) of `hf_name`; other axes are equal."""
-
-    row: int
-    num_rows: int
-    hf_name: str
-    hf_row: int
-
-    def in_layer(self, indices: Sequence[int]) -> "Rows":
-        """The same with `{layer}` in the name filled from the axes Megatron puts in front."""
-        return Rows(self.row, self.num_rows, self.hf_name.format(layer=indices[0]) if indices else self.hf_name, self.hf_row)
-
-
-@dataclass(frozen=True)
-class WeightTable:
-    """The table of one model in one role.
-
-    `hf_shapes` lists every Hugging Face tensor with its shape; `entries` maps a canonical Megatron key to its rows, with
-    `{layer}` in the names of tensors that every layer has.
-    """
-
-    num_layers: int
-    hf_shapes: dict[str, tuple[int, ...]]
-    entries: dict[str, tuple[Rows, ...]]
-
-    def segments(self, megatron_key: str, indices: Sequence[int] = ()) -> list[Rows]:
-        """The rows of one Megatron tensor; `indices` are its positions on prepended axes, the global layer first.
-
-        Raises `WeightMapError` for a key the family does not list.
-        """
-        if megatron_key not in self.entries:
-            raise WeightMapError(f"the model holds {megatron_key}, which its family's table does not list; known: {sorted(self.entries)}")
-        return [rows.in_layer(indices) for rows in self.entries[megatron_key]]
-
-    def num_parameters(self) -> int:
-        """Elements of all Hugging Face tensors."""
-        return sum(math.prod(shape) for shape in self.hf_shapes.values())
+from megarl.models.spec import ModelSpec, Role, Rows, WeightTable
 
 
 def whole(hf_name: str, num_rows: int) -> tuple[Rows, ...]:
