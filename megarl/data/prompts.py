@@ -62,7 +62,7 @@ class PromptSet:
             token_ids = self._tokenizer.encode_prompt(text)
         if not token_ids:
             raise LineFault("the prompt has no tokens")
-        return Prompt(prompt_id=0, token_ids=tuple(token_ids), answer=answer, text=text)
+        return Prompt(prompt_id=-1, token_ids=tuple(token_ids), answer=answer, text=text)
 
     def _fit(self, lines: list[tuple[int, Prompt]]) -> list[Prompt]:
         limit, policy = self._config.max_prompt_tokens, self._config.overlong
@@ -80,7 +80,7 @@ class PromptSet:
                 token_ids = self._keep_end(token_ids, limit)
             prompts.append(Prompt(len(prompts), token_ids, prompt.answer, prompt.text))
         if not prompts:
-            raise DataError(f"{self._config.path}: all {len(lines)} prompts exceed data.max_prompt_tokens={limit} and were skipped; raise it")
+            raise DataError(f"{self._config.path}: all {len(lines)} prompts are longer than data.max_prompt_tokens={limit}; raise it")
         return prompts
 
     def _keep_end(self, token_ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
