@@ -14,7 +14,7 @@ from megarl.checkpoint.publish import STAGING, check_room
 from megarl.checkpoint.sharded import TensorEntry, cover_faults, sync_directory, whole, write_tensors, write_text
 from megarl.checkpoint.sources import INDEX, CheckpointSource
 from megarl.errors import CheckpointError, SetupError
-from megarl.models.family import ModelSpec, read_spec
+from megarl.models.family import FAMILIES, ModelSpec, read_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 CONFIG_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
@@ -88,8 +88,8 @@ def write_shards(directory: Path, entries: list[TensorEntry], produce: Callable[
 def hf_config(spec: ModelSpec, is_scalar_head: bool, dtype: torch.dtype, tokens: StoredTokenizer) -> dict:
     """The `config.json` of an exported model: what the model was read from, with the head, dtype and special tokens it has now."""
     config = {key: value for key, value in spec.hf_config.items() if key not in ("torch_dtype", "dtype", "num_labels", "_name_or_path")}
-    causal = next(name for name in config["architectures"]).replace("ForSequenceClassification", "ForCausalLM")
-    config["architectures"] = [causal.replace("ForCausalLM", "ForSequenceClassification") if is_scalar_head else causal]
+    causal, classifier = FAMILIES[spec.family].architectures
+    config["architectures"] = [classifier if is_scalar_head else causal]
     config["dtype"] = CONFIG_NAMES[dtype]
     if is_scalar_head:
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

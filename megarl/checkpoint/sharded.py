@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors files written one tensor at a time, and whole the check that pieces make up whole tensors.
+"""Tensors on disk: safetensors files written one tensor at a time, and the check that pieces make up whole tensors.
 
 Boxes are those of `bridge.plan`: one `(offset, size)` pair an axis, in Hugging Face coordinates of the named tensor.
 """

@@ -42,7 +42,7 @@ from megarl.checkpoint.sources import CheckpointSource
 from megarl.checkpoint.train_state import TrainState
 from megarl.config import Run
 from megarl.data.tokenizers import Tokenizer
-from megarl.errors import CheckpointError, MegarlError
+from megarl.errors import CheckpointError
 from megarl.models.family import ModelSpec, read_spec
 from megarl.models.learner import Learner
 from megarl.models.pieces import Piece, load_pieces
@@ -225,16 +225,15 @@ class Checkpoints:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _together(self, work: Callable[[], Result]) -> Result:
-        """Do this rank's part; when any rank's part fails on disk or by a user's mistake, every rank raises."""
-        result, error = None, None
-        try:
-            result = work()
-        except OSError as failure:
-            error = CheckpointError(f"{failure.filename or self.directory}: {failure.strerror}")
-        except MegarlError as failure:
-            error = failure
-        collectives.agree(error, self._world)
-        return result
+        """Do this rank's part of something on disk; when any rank's part fails, every rank raises."""
+
+        def on_disk() -> Result:
+            try:
+                return work()
+            except OSError as error:
+                raise CheckpointError(f"{error.filename or self.directory}: {error.strerror}") from error
+
+        return collectives.together(on_disk, self._world)
 
 
 def spec_differences(stored_spec: ModelSpec, run_spec: ModelSpec) -> str:

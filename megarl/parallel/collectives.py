@@ -5,7 +5,8 @@ the device of the group's backend.
 """
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from megarl.errors import MegarlError
 from megarl.parallel import device
 
 Group = dist.ProcessGroup
+Result = TypeVar("Result")
 
 
 def sum_over(tensor: Tensor, group: Group) -> Tensor:
@@ -103,6 +105,20 @@ def agree(error: MegarlError | None, group: Group) -> None:
             name, text = message
             kind = _error_kinds().get(name, MegarlError)
             raise kind(f"{text} (rank {dist.get_global_rank(group, index)})")
+
+
+def together(work: Callable[[], Result], group: Group) -> Result:
+    """What `work()` returns on this rank; a `MegarlError` on any rank is raised on all of them. Called by every rank of the group.
+
+    `work` must not communicate: a rank that fails in the middle would leave the others waiting.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except MegarlError as failure:
+        error = failure
+    agree(error, group)
+    return result
 
 
 def _error_kinds() -> dict[str, type[MegarlError]]:
