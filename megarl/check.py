@@ -1,0 +1,243 @@
+"""What `--check` says about a run before anything is started: the resolved keys and the arithmetic of its layout, batches and memory.
+
+Pure arithmetic on the configuration and the models' `config.json`: no torch.distributed, no GPU, any world size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megarl.config import PpoRun, Run
+from megarl.config_file import draft_run, to_yaml
+from megarl.cross_check import cross_check, longest_sequence, smallest_world, started_on
+from megarl.errors import ConfigError
+from megarl.models.family import ModelSpec
+from megarl.parallel.layout import ParallelLayout
+from megarl.run_files import model_uses, survey
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A run that fits. `world_reason` says where the world size comes from; `notices` are worth a look but stop nothing."""
+
+    run: Run
+    world_size: int
+    world_reason: str
+    specs: dict[str, ModelSpec]
+    notices: tuple[str, ...]
+
+    @property
+    def layout(self) -> ParallelLayout:
+        return ParallelLayout(self.run.parallel.tensor, self.run.parallel.pipeline, self.world_size)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arithmetic of one optimizer step: `size` = microbatches x microbatch_size x data."""
+
+    size: int
+    microbatches: int
+    microbatch_size: int
+    data: int
+
+    @property
+    def words(self) -> str:
+        return f"{self.microbatches} microbatches x {self.microbatch_size} sequences x {self.data} data-parallel replicas"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Rough bytes of one model on the rank that holds most of it. Activations, buffers and fragmentation come on top."""
+
+    parameters: int  # of the whole model
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def inspect(kind: str, path: Path, overrides: Sequence[str], world_size: int | None = None, is_start: bool = False) -> Inspection:
+    """Read a run and check it against its world, models and files.
+
+    Args: `world_size` None means the one the file is written for; `is_start`: the run is about to start on these ranks, so that missing files
+    are faults instead of notices. Raises ConfigError with every fault, one line each.
+    """
+    draft = draft_run(kind, path, overrides)
+    faults = list(draft.faults)
+    if draft.run is not None:
+        run, found = draft.run, survey(draft.run)
+        world_size, reason = _world(run, world_size)
+        later = [*cross_check(run, world_size, found.specs), *found.wrong]
+        if is_start:
+            later += [*started_on(run, world_size), *found.missing]
+        faults += [fault for fault in later if not fault.touches(draft.faulty)]
+    if faults:
+        raise ConfigError(list(dict.fromkeys(draft.located(fault) for fault in faults)))
+    notices = [draft.located(fault) for fault in found.missing]
+    return Inspection(run, world_size, reason, found.specs, (*notices, *_notices(run, world_size)))
+
+
+def batch_of(run: Run, world_size: int) -> Batch:
+    """How one optimizer step is cut."""
+    layout = ParallelLayout(run.parallel.tensor, run.parallel.pipeline, world_size)
+    size = run.ppo.minibatch_size if isinstance(run, PpoRun) else run.train.batch_size
+    return Batch(size, size // layout.data // run.parallel.microbatch_size, run.parallel.microbatch_size, layout.data)
+
+
+def count_parameters(spec: ModelSpec, role: str) -> int:
+    """Parameters of a model: `actor` with its language-model head, `critic` (and reward model) with a scalar head."""
+    return sum(math.prod(shape) for shape in spec.table(role).hf_shapes.values())
+
+
+def memory_of(run: Run, spec: ModelSpec, role: str, data: int, is_trained: bool) -> Memory:
+    """Rough bytes on the heaviest rank: float32 gradients and, per parameter, float32 Adam moments and (in bf16) float32 masters."""
+    shapes = spec.table(role).hf_shapes
+    layers = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name)
+    ends = [math.prod(shape) for name, shape in shapes.items() if ".layers." not in name and len(shape) > 1]
+    pipeline = run.parallel.pipeline
+    outside = sum(ends) if pipeline == 1 else max(ends)
+    local = math.ceil((layers / pipeline + outside) / run.parallel.tensor)
+    width = 2 if run.precision == "bf16" else 4
+    shards = data if run.parallel.distributed_optimizer else 1
+    optimizer = local * (12 if run.precision == "bf16" else 8) // shards
+    whole = count_parameters(spec, role)
+    return Memory(whole, local * width, local * 4 if is_trained else 0, optimizer if is_trained else 0)
+
+
+def show(inspection: Inspection, console: Console) -> None:
+    """Print the resolved run and its arithmetic: tables on a terminal, plain aligned text elsewhere."""
+    run = inspection.run
+    console.print(to_yaml(run).rstrip(), markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    _print_rows(console, "Arithmetic", arithmetic(inspection))
+    if inspection.specs:
+        console.print()
+        _print_memory(console, inspection)
+    for notice in inspection.notices:
+        console.print(f"warning: {notice}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"check passed: {inspection.world_size} ranks, {inspection.layout}", style="green", highlight=False)
+
+
+def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
+    """Names and sentences of the run's numbers."""
+    run, layout = inspection.run, inspection.layout
+    batch = batch_of(run, inspection.world_size)
+    longest, _, _ = longest_sequence(run)
+    rows = [
+        ("world", f"{inspection.world_size} ranks ({inspection.world_reason})"),
+        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {layout.world_size} ranks"),
+    ]
+    if isinstance(run, PpoRun):
+        sequences = run.rollout.prompts_per_step * run.rollout.samples_per_prompt
+        minibatches = sequences // batch.size
+        replicas = inspection.world_size // run.rollout.tensor_parallel
+        updates = run.ppo.total_steps * run.ppo.num_epochs * minibatches
+        frozen = min(run.ppo.critic_warmup_steps, run.ppo.total_steps) * run.ppo.num_epochs * minibatches
+        rows += [
+            ("generators", f"{replicas} replicas x tensor {run.rollout.tensor_parallel}, about {sequences / replicas:.4g} sequences each a step"),
+            (
+                "batch",
+                f"prompts {run.rollout.prompts_per_step} x samples {run.rollout.samples_per_prompt} = {sequences} sequences ="
+                f" {minibatches} minibatches x {batch.microbatches} microbatches x {batch.microbatch_size} sequences x data {batch.data}",
+            ),
+            (
+                "optimizer steps",
+                f"{run.ppo.total_steps} steps x {run.ppo.num_epochs} epochs x {minibatches} minibatches = {updates} of the critic,"
+                f" {updates - frozen} of the actor",
+            ),
+            ("tokens a step", f"at most {sequences} x {longest} = {sequences * longest:,}"),
+        ]
+    else:
+        unit = "examples" if run.__class__.__name__ == "SftRun" else "pairs"
+        rows += [
+            (
+                "batch",
+                f"{batch.size} {unit} = {batch.microbatches} microbatches x {batch.microbatch_size} {unit} x data {batch.data}",
+            ),
+            ("optimizer steps", f"{run.train.total_steps}, {run.train.total_steps * batch.size:,} {unit} in all"),
+            ("tokens a step", f"at most {batch.size} x {longest}{' x 2' if unit == 'pairs' else ''}"),
+        ]
+    if layout.pipeline > 1:
+        idle = (layout.pipeline - 1) / (batch.microbatches + layout.pipeline - 1)
+        rows.append(("pipeline", f"{layout.pipeline} stages, {batch.microbatches} microbatches: idle for {idle:.0%} of an update"))
+    return rows
+
+
+def _world(run: Run, world_size: int | None) -> tuple[int, str]:
+    if world_size is not None:
+        return world_size, "given"
+    if run.cluster is not None:
+        return run.cluster.world_size, f"cluster: {run.cluster.nodes} nodes x {run.cluster.ranks_per_node} ranks"
+    return smallest_world(run), "the smallest that fits; --world N counts with another"
+
+
+def _notices(run: Run, world_size: int) -> list[str]:
+    found = []
+    batch = batch_of(run, world_size)
+    per_node = run.cluster.ranks_per_node if run.cluster is not None else None
+    if per_node is not None and run.parallel.tensor > per_node:
+        found.append(f"parallel.tensor {run.parallel.tensor} spans nodes of {per_node} ranks: every layer will wait for the network")
+    if batch.microbatches < run.parallel.pipeline:
+        found.append(
+            f"{batch.microbatches} microbatches keep a pipeline of {run.parallel.pipeline} stages mostly idle: smaller parallel.microbatch_size,"
+            " or larger minibatches"
+        )
+    if isinstance(run, PpoRun):
+        sequences = run.rollout.prompts_per_step * run.rollout.samples_per_prompt
+        replicas = world_size // run.rollout.tensor_parallel
+        if per_node is not None and run.rollout.tensor_parallel > per_node:
+            found.append(f"rollout.tensor_parallel {run.rollout.tensor_parallel} spans nodes of {per_node} ranks")
+        if sequences < replicas:
+            found.append(f"{sequences} sequences a step for {replicas} generator replicas: some will have nothing to do")
+        if run.ppo.critic_warmup_steps >= run.ppo.total_steps:
+            found.append(f"ppo.critic_warmup_steps {run.ppo.critic_warmup_steps} of {run.ppo.total_steps} steps: the actor will never learn")
+    return found
+
+
+def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    table = _table(console, title)
+    table.add_column("what", style="bold", no_wrap=True)
+    table.add_column("numbers", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_memory(console: Console, inspection: Inspection) -> None:
+    run, data = inspection.run, inspection.layout.data
+    table = _table(console, "Memory a rank, roughly (GiB on the fullest rank; activations, buffers and KV cache come on top)")
+    for name in ("model", "parameters", "weights", "gradients", "optimizer", "sum"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    total = 0
+    for use in model_uses(run):
+        if use.key in inspection.specs:
+            is_trained = use.key in ("actor", "critic", "model")
+            role = "actor" if use.role == "actor" else "critic"
+            memory = memory_of(run, inspection.specs[use.key], role, data, is_trained)
+            total += _memory_row(table, use.key, memory)
+    if isinstance(run, PpoRun) and "actor" in inspection.specs:
+        actor = inspection.specs["actor"]
+        if run.reference is None:
+            total += _memory_row(table, "reference (the actor's start)", memory_of(run, actor, "actor", data, False))
+        whole = count_parameters(actor, "actor")
+        width = 2 if run.precision == "bf16" else 4
+        total += _memory_row(table, "generator", Memory(whole, whole * width // run.rollout.tensor_parallel, 0, 0))
+    table.add_row("all", "", "", "", "", f"{total / GIB:.2f}")
+    console.print(table)
+
+
+def _memory_row(table: Table, name: str, memory: Memory) -> int:
+    parts = (memory.weights, memory.gradients, memory.optimizer)
+    table.add_row(name, f"{memory.parameters:,}", *(f"{part / GIB:.2f}" for part in (*parts, sum(parts))))
+    return sum(parts)
+
+
+def _table(console: Console, title: str) -> Table:
+    is_pretty = console.is_terminal
+    return Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED if is_pretty else None, show_header=True)

@@ -1,0 +1,225 @@
+"""The command `megarl`. Reading and refusing comes first and imports nothing heavy; torch, Megatron and vLLM load when a run is known to fit.
+
+Exit codes: 0 done, 2 a user's mistake (one line each on stderr, no traceback), 1 anything else (with its traceback), 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from megarl import __version__
+from megarl.check import Inspection, inspect, show
+from megarl.config_file import RUNS
+from megarl.errors import ConfigError, MegarlError
+from megarl.parallel.torchrun import is_torchrun, rank_from_environment
+from megarl.run_folder import describe_versions, write_run_folder
+
+SAY_AFTER_S = (5.0, 10.0)  # first rank of another node, every other rank: torchrun ends them sooner when rank 0 has spoken
+PLAIN_WIDTH = 160  # columns of text that goes to a file
+
+_SUMMARY = {
+    "ppo": "PPO with a critic: sample with vLLM, score, learn, publish the weights, repeat",
+    "sft": "supervised fine-tuning on demonstrations",
+    "reward": "train a reward model on preference pairs",
+    "export": "write a checkpoint as a Hugging Face directory",
+    "import": "write a Hugging Face directory as a megarl checkpoint",
+    "version": "versions of megarl and of what it runs on",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit code.
+
+    Leaves without waiting for threads of vLLM or of a collective: a rank that fails must not keep the others waiting.
+    """
+    leave(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code, everything worth saying having been printed."""
+    try:
+        return _dispatch(list(arguments))
+    except SystemExit as end:  # argparse has printed its help or its complaint
+        return end.code if isinstance(end.code, int) else MegarlError.exit_code
+    except MegarlError as error:
+        _say(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("megarl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left; a second complaint would come while Python closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except BaseException:
+        rank, world_size, _ = rank_from_environment()
+        trace = traceback.format_exc()
+        print(trace if world_size == 1 else "".join(f"[rank {rank}] {line}\n" for line in trace.splitlines()), file=sys.stderr, end="")
+        return 1
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now: output flushed, threads left behind."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass
+    os._exit(code)
+
+
+def _say(error: MegarlError) -> None:
+    """Print a user's mistake, on as few ranks as possible: rank 0 at once, another one only when torchrun has not ended it meanwhile."""
+    rank, world_size, local_rank = rank_from_environment()
+    if rank != 0:
+        time.sleep(SAY_AFTER_S[0] if local_rank == 0 else SAY_AFTER_S[1])
+    who = "megarl: error" if world_size == 1 or rank == 0 else f"megarl: error on rank {rank}"
+    faults = error.faults if isinstance(error, ConfigError) else [str(error)]
+    for fault in faults:
+        print(f"{who}: {' '.join(fault.split())}", file=sys.stderr)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _parser()
+    parsed, extra = parser.parse_known_args(arguments)
+    if parsed.command in RUNS:
+        parsed.overrides += extra  # argparse gives up on positional arguments that follow an option
+        extra = [word for word in parsed.overrides if word.startswith("-")]
+    if extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if parsed.command is None:
+        parser.print_help()
+        return 0
+    return parsed.action(parsed)
+
+
+# ---------------------------------------------------------------- runs
+def _course(parsed: argparse.Namespace) -> int:
+    _, world_size, _ = rank_from_environment()
+    if "=" in parsed.config and not Path(parsed.config).exists():
+        raise ConfigError(f"found {parsed.config!r} where the YAML file should be; expected megarl {parsed.command} CONFIG key=value ...")
+    if parsed.check:
+        wanted = parsed.world or (world_size if is_torchrun() else None)
+        inspection = inspect(parsed.command, Path(parsed.config), parsed.overrides, wanted)
+        console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        show(inspection, console)
+        return 0
+    if parsed.world is not None:
+        raise ConfigError("--world is for --check; a run has as many ranks as were started")
+    inspection = inspect(parsed.command, Path(parsed.config), parsed.overrides, world_size, is_start=True)
+    {"ppo": _ppo, "sft": _sft, "reward": _reward}[parsed.command](inspection)
+    return 0
+
+
+def _start(inspection: Inspection):
+    if rank_from_environment()[0] == 0:
+        write_run_folder(inspection.run)
+        for notice in inspection.notices:
+            print(f"megarl: warning: {notice}", file=sys.stderr)
+    from megarl.parallel import groups
+
+    return groups.initialize(inspection.run.parallel, inspection.run.seed)
+
+
+def _ppo(inspection: Inspection) -> None:
+    layout = _start(inspection)
+    from megarl.ppo.loop import train
+    from megarl.ppo.parts import build_parts
+
+    train(inspection.run, layout, build_parts(inspection.run, layout))
+
+
+def _sft(inspection: Inspection) -> None:
+    _start(inspection)
+    from megarl.course.sft import train_sft
+
+    train_sft(inspection.run)
+
+
+def _reward(inspection: Inspection) -> None:
+    _start(inspection)
+    from megarl.course.reward_model import train_reward
+
+    train_reward(inspection.run)
+
+
+# ---------------------------------------------------------------- files
+def _export(parsed: argparse.Namespace) -> int:
+    from megarl.checkpoint.hf_export import MAX_SHARD_BYTES, export
+
+    out = export(parsed.checkpoint, parsed.out, parsed.role, parsed.dtype, parsed.max_shard_bytes or MAX_SHARD_BYTES)
+    print(f"exported {parsed.checkpoint} to {out}")
+    return 0
+
+
+def _import(parsed: argparse.Namespace) -> int:
+    from megarl.checkpoint.hf_import import import_hf
+
+    out = import_hf(parsed.hf_dir, parsed.out, parsed.tokenizer)
+    print(f"imported {parsed.hf_dir} to {out}")
+    return 0
+
+
+def _version(parsed: argparse.Namespace) -> int:
+    for name, version in describe_versions().items():
+        print(f"{name:20} {version}")
+    return 0
+
+
+# ---------------------------------------------------------------- arguments
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megarl", description="Reinforcement learning from human feedback on Megatron-Core and vLLM.")
+    parser.add_argument("--version", action="version", version=f"megarl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for kind in RUNS:
+        _add_course(_add(commands, kind, _course))
+    command = _add(commands, "export", _export)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run's output_dir (its newest checkpoint)")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist or be empty")
+    command.add_argument("--role", choices=("actor", "critic", "reward"), help="model of the checkpoint [actor, else the only one]")
+    command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights [as stored]")
+    command.add_argument("--max-shard-bytes", type=_positive, metavar="N", help="largest safetensors file [5000000000]")
+    command = _add(commands, "import", _import)
+    command.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="directory with config.json and *.safetensors")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist or be empty")
+    command.add_argument("--tokenizer", type=Path, metavar="PATH", help="sentencepiece .model file or Hugging Face directory [HF_DIR]")
+    _add(commands, "version", _version)
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, action: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=_SUMMARY[name], description=_SUMMARY[name].capitalize() + ".")
+    command.set_defaults(action=action)
+    return command
+
+
+def _add_course(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file of the run, such as one in configs/")
+    command.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="set a key by its dotted name, the value read as YAML: parallel.tensor=2 rewards.0.weight=0.5 eval=null",
+    )
+    command.add_argument("--check", action="store_true", help="say what the run would be and whether it fits, and start nothing")
+    command.add_argument("--world", type=_positive, metavar="N", help="with --check: count with N ranks [as many as CONFIG's cluster has]")
+    command.epilog = (
+        "A run on several ranks starts with launch/torchrun.sh: NPROC=4 bash launch/torchrun.sh " + command.prog.split()[-1] + " CONFIG"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

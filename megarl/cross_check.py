@@ -1,0 +1,195 @@
+"""Does a run fit its world and its models? Pure rules over several keys at once, each fault naming the keys to change.
+
+The rules are the ones that Megatron-Core, vLLM and the loop would otherwise break on minutes later, on all ranks at once.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from megarl.config import LessonData, PpoRun, RewardRun, Run, SftRun
+from megarl.config_file import Fault
+from megarl.errors import LayoutError
+from megarl.models.family import ModelSpec
+from megarl.parallel.layout import ParallelLayout
+
+LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "cluster")
+VLLM_VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to this before it cuts it over its tensor-parallel ranks
+
+
+def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> list[Fault]:
+    """Everything that does not fit, all at once.
+
+    Args: `world_size` ranks; `specs` the shape of each model by its dotted key (`actor`, `critic`, `reference`, `rewards.0`, `model`);
+    a model whose shape is not known is left out and not judged.
+    """
+    faults = [*_layout(run, world_size), *_sequence_parallel(run), *_models(run, specs), *_lengths(run, specs)]
+    fits = world_size % (run.parallel.tensor * run.parallel.pipeline) == 0
+    data = world_size // (run.parallel.tensor * run.parallel.pipeline) if fits else None
+    if isinstance(run, PpoRun):
+        faults += [*_generation(run, world_size, specs), *_rewards(run), *_vocabularies(specs), *_ppo_batch(run, data)]
+    elif isinstance(run, SftRun | RewardRun):
+        faults += [*_lesson(run), *_lesson_batch(run, data)]
+    return faults
+
+
+def started_on(run: Run, world_size: int) -> list[Fault]:
+    """The fault of a run that was started on another number of ranks than its file is written for."""
+    if run.cluster is None or run.cluster.world_size == world_size:
+        return []
+    text = (
+        f"cluster: {run.cluster.nodes} nodes x {run.cluster.ranks_per_node} ranks_per_node = {run.cluster.world_size} ranks, but this run was"
+        f" started on {world_size}: start {run.cluster.world_size} ranks, change cluster.nodes and cluster.ranks_per_node, or set cluster=null"
+    )
+    return [Fault(("cluster.nodes", "cluster.ranks_per_node"), text)]
+
+
+def smallest_world(run: Run) -> int:
+    """The smallest number of ranks that the layout of a run fits."""
+    replica = run.parallel.tensor * run.parallel.pipeline
+    generator = run.rollout.tensor_parallel if isinstance(run, PpoRun) else 1
+    return next(replica * data for data in range(1, generator + 1) if replica * data % generator == 0)
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number in words, the middle left out when there are many."""
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(found if len(found) <= 8 else [*found[:6], "...", found[-1]])
+
+
+def _named(model: str) -> tuple[str, str]:
+    """The keys that decide a model's shape."""
+    return f"{model}.path", f"{model}.shape"
+
+
+def _layout(run: Run, world_size: int) -> Iterator[Fault]:
+    try:
+        ParallelLayout(tensor=run.parallel.tensor, pipeline=run.parallel.pipeline, world_size=world_size)
+    except LayoutError as error:
+        yield Fault(LAYOUT_KEYS, str(error))
+
+
+def _sequence_parallel(run: Run) -> Iterator[Fault]:
+    if run.parallel.sequence and run.parallel.tensor == 1:
+        keys = ("parallel.sequence", "parallel.tensor")
+        yield Fault(keys, "parallel.sequence: found true with parallel.tensor 1; expected false, or parallel.tensor of at least 2")
+
+
+def _models(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+    for key, spec in specs.items():
+        yield from _tensor_fits("parallel.tensor", run.parallel.tensor, key, spec)
+        if spec.num_layers % run.parallel.pipeline:
+            text = (
+                f"parallel.pipeline: found {run.parallel.pipeline}; expected a divisor of the {spec.num_layers} layers of {key}:"
+                f" {divisors(spec.num_layers)}"
+            )
+            yield Fault(("parallel.pipeline", *_named(key)), text)
+
+
+def _tensor_fits(knob: str, tensor: int, model: str, spec: ModelSpec) -> Iterator[Fault]:
+    for number, what in ((spec.num_heads, "attention heads"), (spec.ffn_size, "feed-forward channels")):
+        if number % tensor:
+            yield Fault((knob, *_named(model)), f"{knob}: found {tensor}; expected a divisor of the {number} {what} of {model}: {divisors(number)}")
+    if spec.num_kv_heads % tensor and tensor % spec.num_kv_heads:
+        text = f"{knob}: found {tensor}; expected a divisor or a multiple of the {spec.num_kv_heads} key-value heads of {model}"
+        yield Fault((knob, *_named(model)), text)
+
+
+def _generation(run: PpoRun, world_size: int, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+    tensor, knob = run.rollout.tensor_parallel, "rollout.tensor_parallel"
+    if world_size % tensor:
+        text = f"{knob}: found {tensor}; expected a divisor of the world of {world_size} ranks: {divisors(world_size)}"
+        yield Fault((knob, "cluster"), text)
+    if "actor" in specs:
+        yield from _tensor_fits(knob, tensor, "actor", specs["actor"])
+        padded = -(-specs["actor"].vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
+        if padded % tensor:
+            yield Fault((knob, *_named("actor")), f"{knob}: found {tensor}; expected a divisor of the actor's padded vocabulary of {padded} tokens")
+
+
+def _lengths(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+    longest, words, keys = longest_sequence(run)
+    for key, spec in specs.items():
+        if longest > spec.max_positions:
+            text = f"{words}; expected at most the {spec.max_positions} positions of {key}"
+            yield Fault((*keys, *_named(key)), text)
+
+
+def longest_sequence(run: Run) -> tuple[int, str, tuple[str, ...]]:
+    """Tokens of the longest sequence a run may see, the same in words, and the keys that decide it."""
+    if isinstance(run, PpoRun):
+        prompt, response = run.data.max_prompt_tokens, run.rollout.max_response_tokens
+        words = f"data.max_prompt_tokens {prompt} + rollout.max_response_tokens {response} = {prompt + response} tokens"
+        return prompt + response, words, ("rollout.max_response_tokens", "data.max_prompt_tokens")
+    data: LessonData = run.data
+    return data.max_tokens, f"data.max_tokens: found {data.max_tokens}", ("data.max_tokens",)
+
+
+def _vocabularies(specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+    if "actor" not in specs:
+        return
+    expected = specs["actor"].vocab_size
+    for key, spec in specs.items():
+        if spec.vocab_size != expected:
+            text = (
+                f"{key}.path: a vocabulary of {spec.vocab_size}; expected the actor's {expected}: all models of a run read the same token ids,"
+                f" so {key} must come from a model with the same tokenizer"
+            )
+            yield Fault((*_named(key), *_named("actor")), text)
+
+
+def _rewards(run: PpoRun) -> Iterator[Fault]:
+    if not run.rewards:
+        yield Fault(("rewards",), "rewards: found an empty list; expected at least one part, such as {kind: exact}")
+    for index, part in enumerate(run.rewards):
+        key = f"rewards.{index}.path"
+        if part.kind == "model" and part.path is None:
+            yield Fault((key,), f"{key}: missing; expected the path of a reward model for kind model")
+        if part.kind != "model" and part.path is not None:
+            yield Fault((key,), f"{key}: found {str(part.path)!r} with kind {part.kind}; expected no path, or kind: model")
+    if run.rewards and all(part.weight == 0 for part in run.rewards):
+        yield Fault(("rewards",), "rewards: every weight is 0; expected at least one part that counts")
+
+
+def _divides(name: str, size: int, parts: int, words: str, keys: tuple[str, ...]) -> Iterator[Fault]:
+    if size % parts:
+        lower, upper = size // parts * parts, (size // parts + 1) * parts
+        near = f"{lower} or {upper}" if lower else str(upper)
+        yield Fault(keys, f"{name}: found {size}; expected a multiple of {words}: the nearest {'are' if lower else 'is'} {near}")
+
+
+def _ppo_batch(run: PpoRun, data: int | None) -> Iterator[Fault]:
+    prompts, samples, minibatch = run.rollout.prompts_per_step, run.rollout.samples_per_prompt, run.ppo.minibatch_size
+    knob = "rollout.prompts_per_step"
+    if (prompts * samples) % minibatch:
+        text = (
+            f"ppo.minibatch_size: found {minibatch}; expected a divisor of the {prompts * samples} sequences a step"
+            f" (rollout.prompts_per_step {prompts} x rollout.samples_per_prompt {samples}): {divisors(prompts * samples)}"
+        )
+        yield Fault(("ppo.minibatch_size", knob, "rollout.samples_per_prompt"), text)
+    if data is not None:
+        yield from _divides(knob, prompts, data, f"the {data} data-parallel replicas", (knob, *LAYOUT_KEYS))
+        yield from _replica_batch(run, "ppo.minibatch_size", minibatch, data)
+
+
+def _replica_batch(run: Run, knob: str, size: int, data: int) -> Iterator[Fault]:
+    keys = (knob, *LAYOUT_KEYS)
+    if size % data:
+        yield from _divides(knob, size, data, f"the {data} data-parallel replicas", keys)
+        return
+    share, micro = size // data, run.parallel.microbatch_size
+    if share % micro:
+        text = (
+            f"parallel.microbatch_size: found {micro}; expected a divisor of the {share} sequences a data-parallel replica has of {knob} {size}"
+            f" ({size} / {data} replicas): {divisors(share)}"
+        )
+        yield Fault(("parallel.microbatch_size", *keys), text)
+
+
+def _lesson(run: SftRun | RewardRun) -> Iterator[Fault]:
+    if run.train.eval_every_steps and run.data.eval_path is None:
+        keys = ("train.eval_every_steps", "data.eval_path")
+        yield Fault(keys, f"train.eval_every_steps: found {run.train.eval_every_steps} without data.eval_path; expected both or 0")
+
+
+def _lesson_batch(run: SftRun | RewardRun, data: int | None) -> Iterator[Fault]:
+    if data is not None:
+        yield from _replica_batch(run, "train.batch_size", run.train.batch_size, data)

@@ -1,0 +1,163 @@
+"""What a run needs on disk: model directories and their shapes, tokenizer, datasets, packages. Reads JSON headers only, no weights.
+
+Something that is *missing* is a fault where the run starts and a warning where it is only checked, because a configuration for a cluster is
+also read on a laptop. Something that is there and *wrong* is a fault everywhere.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+from megarl.config import PpoRun, RewardRun, Run, SftRun
+from megarl.config_file import Fault
+from megarl.errors import MegarlError
+from megarl.models.family import ModelSpec, read_spec
+
+_NOT_SHAPE = ("hf_config", "max_positions", "tied")  # differ between a model and its fine-tuned copies without harm
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """A model of a run. `role` is the one its weights are opened for: `actor`, `critic` or `reward`."""
+
+    key: str
+    role: str
+    path: Path
+    shape: Path | None
+    random_init: bool
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found on disk. `specs` by the model's key; `missing` and `wrong` as described above."""
+
+    specs: dict[str, ModelSpec]
+    missing: list[Fault]
+    wrong: list[Fault]
+
+
+def model_uses(run: Run) -> list[ModelUse]:
+    """The models of a run in the order they are loaded."""
+    if isinstance(run, PpoRun):
+        configs = {"actor": ("actor", run.actor), "critic": ("critic", run.critic)}
+        if run.reference is not None:
+            configs["reference"] = ("actor", run.reference)
+        uses = [ModelUse(key, role, model.path, model.shape, model.random_init) for key, (role, model) in configs.items()]
+        parts = [(f"rewards.{i}", part) for i, part in enumerate(run.rewards) if part.kind == "model" and part.path is not None]
+        return uses + [ModelUse(key, "reward", part.path, part.shape, False) for key, part in parts]
+    assert isinstance(run, SftRun | RewardRun)
+    role = "actor" if isinstance(run, SftRun) else "critic"
+    return [ModelUse("model", role, run.model.path, run.model.shape, run.model.random_init)]
+
+
+def survey(run: Run) -> Survey:
+    """Look at everything the run names."""
+    found = Survey({}, [], [])
+    for use in model_uses(run):
+        _survey_model(use, found)
+    found.missing.extend(_missing_files(run))
+    found.missing.extend(_missing_packages(run))
+    if run.output_dir.exists() and not run.output_dir.is_dir():
+        found.wrong.append(Fault(("output_dir",), f"output_dir: {run.output_dir} is a file; expected a directory or nothing there yet"))
+    found.wrong.extend(_vocabulary(run, found.specs))
+    return found
+
+
+def _survey_model(use: ModelUse, found: Survey) -> None:
+    declared = _spec(f"{use.key}.shape", use.shape, use.role, found) if use.shape is not None else None
+    actual = _spec(f"{use.key}.path", use.path, use.role, found)
+    if actual is not None and declared is not None and (differences := _differences(actual, declared)):
+        key = f"{use.key}.path"
+        text = f"{key}: {use.path} is another model than {use.key}.shape {use.shape} says: {differences}; expected the same shape"
+        found.wrong.append(Fault((key, f"{use.key}.shape"), text))
+    if actual is not None and not use.random_init and not _has_weights(use.path):
+        key = f"{use.key}.path"
+        text = f"{key}: {use.path} holds no *.safetensors; expected weights, or {use.key}.random_init: true"
+        found.missing.append(Fault((key,), text))
+    if (spec := actual or declared) is not None:
+        found.specs[use.key] = spec
+
+
+def _spec(key: str, path: Path, role: str, found: Survey) -> ModelSpec | None:
+    if not path.exists():
+        text = f"{key}: {path} does not exist; expected a Hugging Face directory or a megarl checkpoint"
+        found.missing.append(Fault((key,), text))
+        return None
+    try:
+        return read_spec(_spec_directory(path, role))
+    except MegarlError as error:
+        found.wrong.append(Fault((key,), f"{key}: {error}"))
+        return None
+
+
+def _spec_directory(path: Path, role: str) -> Path:
+    """The directory that holds `config.json`: `path`, or the model of this role in the newest checkpoint below it."""
+    if (path / "config.json").is_file() or not path.is_dir():
+        return path
+    # Reading checkpoints imports torch: only when there may be one.
+    from megarl.checkpoint.manifest import find_checkpoint
+    from megarl.checkpoint.sources import find_model
+
+    checkpoint = find_checkpoint(path)
+    return path if checkpoint is None else find_model(checkpoint, role)
+
+
+def _has_weights(path: Path) -> bool:
+    return not (path / "config.json").is_file() or any(path.glob("*.safetensors"))
+
+
+def _differences(actual: ModelSpec, declared: ModelSpec) -> str:
+    names = [field.name for field in fields(ModelSpec) if field.name not in _NOT_SHAPE]
+    differing = [name for name in names if getattr(actual, name) != getattr(declared, name)]
+    return ", ".join(f"{name} {getattr(actual, name)} instead of {getattr(declared, name)}" for name in differing)
+
+
+def _missing_files(run: Run) -> Iterator[Fault]:
+    named = {"tokenizer": (run.tokenizer, "a sentencepiece .model file or a Hugging Face directory"), "data.path": (run.data.path, "a JSONL file")}
+    if isinstance(run, PpoRun) and run.eval is not None:
+        named["eval.path"] = (run.eval.path, "a JSONL file")
+    if isinstance(run, SftRun | RewardRun) and run.data.eval_path is not None:
+        named["data.eval_path"] = (run.data.eval_path, "a JSONL file")
+    for key, (path, expected) in named.items():
+        if not path.exists():
+            yield Fault((key,), f"{key}: {path} does not exist; expected {expected}")
+        elif expected == "a JSONL file" and not path.is_file():
+            yield Fault((key,), f"{key}: {path} is a directory; expected {expected}")
+
+
+def _missing_packages(run: Run) -> Iterator[Fault]:
+    wanted = {"log.tensorboard": ("tensorboard", run.log.tensorboard), "log.wandb_project": ("wandb", run.log.wandb_project is not None)}
+    for key, (package, is_wanted) in wanted.items():
+        if is_wanted and find_spec(package) is None:
+            yield Fault((key,), f"{key}: needs the package {package}, which is not installed here; run pip install {package}")
+
+
+def _vocabulary(run: Run, specs: dict[str, ModelSpec]) -> Iterator[Fault]:
+    size = _tokenizer_size(run.tokenizer)
+    for key, spec in specs.items():
+        if size is not None and size > spec.vocab_size:
+            text = (
+                f"tokenizer: {run.tokenizer} has {size} tokens but {key} has a vocabulary of {spec.vocab_size};"
+                f" expected the tokenizer that {key} was trained with"
+            )
+            yield Fault(("tokenizer", key), text)
+
+
+def _tokenizer_size(path: Path) -> int | None:
+    """Number of tokens, as far as it can be read without loading transformers; None when that needs the real loader."""
+    if path.is_file() and path.suffix == ".model":
+        import sentencepiece
+
+        try:
+            return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+        except (RuntimeError, OSError):
+            return None
+    try:
+        content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+        return max(ids + [token["id"] for token in content.get("added_tokens", [])]) + 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
