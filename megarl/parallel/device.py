@@ -18,6 +18,15 @@ import torch
 
 CPU = torch.device("cpu")
 
+# Warnings Megatron-Core gives on every start about packages this host does not have, and about its own defaults.
+NOISE = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    ".*fused weight gradient.*",
+    ".*Triton.*",
+    "full scope is deprecated",
+)
+
 # Functions to which Megatron-Core passes the literal device="cuda".
 FACTORIES = ("arange", "empty", "full", "ones", "rand", "tensor", "zeros")
 
@@ -65,7 +74,7 @@ def synchronize() -> None:
 @functools.cache
 def prepare() -> None:
     """Make Megatron-Core importable and runnable on this host. Idempotent; call it before importing Megatron-Core."""
-    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed", ".*fused weight gradient.*", ".*Triton.*"):
+    for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     if is_cuda():

@@ -1,0 +1,161 @@
+"""Role + family + layout -> this rank's Megatron model chunks.
+
+Layers are Transformer Engine's where it is installed, Megatron's local ones with our RMSNorm and core attention elsewhere; both carry
+the same weight keys. Weights are zero until `pieces.load_pieces` fills them: padding of the vocabulary stays zero.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarl.config import ParallelConfig
+from megarl.models.attention import CausalAttention
+from megarl.models.heads import ScalarHead
+from megarl.models.norm import RMSNorm
+from megarl.models.rotary import rotary_frequencies
+from megarl.models.spec import ModelSpec, Role, check_layout, padded_vocab, stage_layers
+from megarl.parallel import device
+from megarl.parallel.layout import ParallelLayout
+
+device.prepare()
+
+from megatron.core.models.gpt import GPTModel  # noqa: E402  (the host is prepared first)
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
+
+Precision = Literal["bf16", "fp32"]
+
+
+class DecoderChunk(GPTModel):
+    """The layers of one pipeline stage. The last stage returns hidden states; `token_stats` applies `output_layer` to them.
+
+    Axis letters: S positions (a rank's part under sequence parallelism), B sequences, H hidden width.
+    `output_layer` of the last stage is the vocabulary head of an actor (without a weight of its own where embedding and head are
+    one tensor on one stage: ask `output_weight`) or the `ScalarHead` of a critic.
+    """
+
+    def __init__(self, spec: ModelSpec, role: Role, config: TransformerConfig, layers: ModuleSpec, layout: ParallelLayout):
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layers,
+            vocab_size=padded_vocab(spec.vocab_size, layout.tensor),
+            max_sequence_length=spec.max_positions,
+            pre_process=layout.is_first_stage,
+            post_process=layout.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=spec.tied and role == "actor",
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+        )
+        self.spec = spec
+        self.role = role
+        self.rotary_pos_emb.inv_freq = rotary_frequencies(spec).to(device.device())
+        if self.post_process and role == "critic":
+            self.output_layer = ScalarHead(config)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """input_ids i64[B, T], right-padded -> hidden states [S, B, H] for the next stage, or after the final norm on the last one.
+
+        Later stages take their input from `set_input_tensor`, as Megatron's schedules do. Attention is causal; no mask is needed.
+        """
+        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """The head's weight on the last stage: [padded vocabulary / tensor, H], or [1, H] of a critic."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+
+def build_model(spec: ModelSpec, role: Role, parallel: ParallelConfig, precision: Precision, layout: ParallelLayout) -> list[DecoderChunk]:
+    """The model chunks of this rank on its device; today one. Every rank of the world calls it.
+
+    Needs `groups.initialize`. Raises `LayoutError` when the model does not fit the layout.
+    """
+    check_layout(spec, parallel.tensor, parallel.pipeline, parallel.sequence)
+    config = transformer_config(spec, parallel, precision)
+    chunk = DecoderChunk(spec, role, config, _layer_specs(spec, config, layout), layout).to(device.device())
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            parameter.zero_()
+    return [chunk]
+
+
+def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Precision) -> TransformerConfig:
+    """Megatron's configuration of this model: no dropout, no biases but the family's, fusions where the host has them."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.ffn_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=spec.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        bf16=precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        perform_initialization=False,
+        use_cpu_initialization=not device.is_cuda(),
+        calculate_per_token_loss=True,  # losses arrive divided by global denominators and are summed, never averaged
+        deallocate_pipeline_outputs=True,
+        gradient_accumulation_fusion=device.has_gradient_accumulation_fusion(),
+        bias_activation_fusion=device.is_cuda(),
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=device.has_transformer_engine(),
+        persist_layer_norm=False,
+        **_pipeline_options(spec, parallel),
+        **_recompute_options(parallel),
+    )
+
+
+def _pipeline_options(spec: ModelSpec, parallel: ParallelConfig) -> dict:
+    """Which layers each stage holds, told to Megatron only where they do not divide evenly."""
+    if spec.num_layers % parallel.pipeline == 0:
+        return {}
+    stages = [["decoder"] * layers for layers in stage_layers(spec.num_layers, parallel.pipeline)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return {"pipeline_model_parallel_layout": stages}
+
+
+def _recompute_options(parallel: ParallelConfig) -> dict:
+    """`selective` computes attention again in backward, `full` every layer from its input."""
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _layer_specs(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout) -> ModuleSpec | TransformerBlockSubmodules:
+    if device.has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_norm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if spec.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = stage_layers(spec.num_layers, layout.pipeline)[layout.pp_rank]
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,68 @@
+"""Weights drawn at random, the same under every layout: each Hugging Face tensor from its own generator.
+
+For small models and for new heads: every rank draws each tensor that it holds a part of whole, then keeps its box.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megarl.models.pieces import Box, TensorSource
+from megarl.models.spec import WeightTable
+
+STANDARD_DEVIATION = 0.02  # Hugging Face's default `initializer_range` for these families
+
+
+class RandomSource:
+    """A `TensorSource` of a fresh model: norms one, biases zero, all else normal(0, 0.02), a function of (seed, tensor name)."""
+
+    def __init__(self, table: WeightTable, seed: int):
+        self.shapes = table.hf_shapes
+        self.seed = seed
+        self.last: tuple[str, Tensor] = ("", torch.empty(0))  # pieces of one tensor are read one after the other
+
+    def names(self) -> Iterable[str]:
+        """Every tensor of the table."""
+        return self.shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape in the table."""
+        return self.shapes[name]
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """The elements of `box` in float32."""
+        if self.last[0] != name:
+            self.last = (name, self._draw(name))
+        return self.last[1][tuple(slice(offset, offset + size) for offset, size in box)]
+
+    def _draw(self, name: str) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(self.shapes[name])
+        if name.endswith(".bias"):
+            return torch.zeros(self.shapes[name])
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randn(self.shapes[name], generator=generator) * STANDARD_DEVIATION
+
+
+class WithNewTensors:
+    """A `TensorSource` that reads what `source` has and draws what it lacks among `names`: a critic's head on a language model."""
+
+    def __init__(self, source: TensorSource, drawn: RandomSource, names: Iterable[str]):
+        has = set(source.names())
+        self.source, self.drawn = source, drawn
+        self.new = {name for name in names if name not in has}
+
+    def names(self) -> Iterable[str]:
+        """The tensors of `source` and the new ones."""
+        return [*self.source.names(), *sorted(self.new)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape."""
+        return (self.drawn if name in self.new else self.source).shape(name)
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """The elements of `box`."""
+        return (self.drawn if name in self.new else self.source).read(name, box)
