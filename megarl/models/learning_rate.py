@@ -9,7 +9,8 @@ def lr_at(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (counted from 0) of `total_steps`.
 
     Linear warm-up reaches `lr` in step `warmup_steps`; after it `schedule` holds, or decays so that the last step has
-    `lr * min_lr_ratio`. Steps beyond the last keep the last one's rate. Source: semantics section 6; cosine after Loshchilov & Hutter (2017).
+    `lr * min_lr_ratio`. Steps beyond the last keep the last one's rate. Source: semantics section 6; cosine after
+    Loshchilov & Hutter (2017).
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)

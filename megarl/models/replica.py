@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.models.pieces import Piece, source_pieces
 from megarl.parallel import device, groups, pipeline
 from megarl.parallel.collectives import broadcast
 from megarl.parallel.layout import ParallelLayout
@@ -32,7 +31,7 @@ class Replica:
     def forward(self, batch: Any, head: pipeline.Head) -> Tensor:
         """What `head` says about the sequences of `batch`, on every rank of the replica; every rank of it calls.
 
-        `head` returns one tensor of f32[Q, ...] for Q sequences; Q rows of the result are in the order of `batch.sequences()`. No gradients.
+        `head` returns one tensor of f32[Q, ...] for Q sequences; the result's rows are in the order of `batch.sequences()`. No gradients.
         """
         for chunk in self.chunks:
             chunk.eval()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarl.models.build import DecoderChunk
 from megarl.models.vocabulary import VocabularyShard, vocabulary_stats
 from megarl.parallel import device
 from megarl.records import TokenBatch
@@ -34,13 +35,12 @@ def token_stats(
     temperature: float,
     logits_bytes: int,
     with_entropy: bool,
-    vocab_size: int,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every token and, when asked, entropy (nats) of the distribution it came from, both f32[B, T].
 
     The output layer runs only where `mask` (bool[B, T], default everywhere) is True, on slices of tokens whose float32 logits take at
-    most `logits_bytes` on a rank; results are 0 elsewhere. `temperature` divides the logits; columns from `vocab_size` on are padding.
+    most `logits_bytes` on a rank; results are 0 elsewhere. `temperature` divides the logits; columns past the vocabulary are left out.
     """
     core = unwrapped(model)
     is_split = core.config.sequence_parallel
@@ -51,35 +51,35 @@ def token_stats(
     rows = hidden.flatten(0, 1).index_select(0, positions)
     if not is_split:
         rows = copy_to_tensor_model_parallel_region(rows)
-    weight = output_weight(core)
+    weight = core.output_weight()
     shard = VocabularyShard(
         first_column=parallel_state.get_tensor_model_parallel_rank() * len(weight),
-        vocab_size=vocab_size,
+        vocab_size=core.spec.vocab_size,
         temperature=temperature,
         rows_per_slice=max(1, logits_bytes // (4 * len(weight))),
         group=parallel_state.get_tensor_model_parallel_group(),
     )
     logprobs, entropy = vocabulary_stats(rows, weight, token_ids.flatten()[tokens], shard, with_entropy)
     empty = logprobs.new_zeros(token_ids.numel())
-    return (empty.index_copy(0, tokens, logprobs * factor).view_as(token_ids), empty.index_copy(0, tokens, entropy * factor).view_as(token_ids))
+    logprobs, entropy = (empty.index_copy(0, tokens, stats * factor).view_as(token_ids) for stats in (logprobs, entropy))
+    return logprobs, entropy
 
 
 def values(model: torch.nn.Module, hidden: Tensor, num_tokens: int) -> Tensor:
     """The scalar head's value before each token is chosen, f32[B, T] for T = `num_tokens`."""
-    outputs = _head_outputs(model, hidden)[:, : num_tokens - 1]
-    return torch.cat([torch.zeros_like(outputs[:, :1]), outputs], dim=1) if num_tokens > 1 else outputs.new_zeros((len(outputs), num_tokens))
+    outputs = unwrapped(model).output_layer(hidden).t()
+    return torch.cat([torch.zeros_like(outputs[:, :1]), outputs[:, : num_tokens - 1]], dim=1)
 
 
 def scores_at_end(model: torch.nn.Module, hidden: Tensor, lengths: Tensor) -> Tensor:
     """The scalar head at the last token of each sequence, f32[B]; `lengths` i64[B]. Source: semantics section 5."""
-    return _head_outputs(model, hidden).gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+    return unwrapped(model).output_layer(hidden).t().gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
 class LogprobHead:
     """f32[B, T] log-probabilities where `mask_field` of the rows (bool[B, T]) is True, 0 elsewhere; everywhere when it is None."""
 
-    vocab_size: int
     logits_bytes: int
     temperature: float = 1.0
     mask_field: str | None = None
@@ -89,9 +89,7 @@ class LogprobHead:
 
     def stats(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any, with_entropy: bool) -> tuple[Tensor, Tensor]:
         mask = None if self.mask_field is None else getattr(rows, self.mask_field)
-        return token_stats(
-            model, hidden, sequences.token_ids, self.temperature, self.logits_bytes, with_entropy, self.vocab_size, mask
-        )
+        return token_stats(model, hidden, sequences.token_ids, self.temperature, self.logits_bytes, with_entropy, mask)
 
     def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
         return tuple(sequences.token_ids.shape)
@@ -127,8 +125,8 @@ class ScoreHead:
         return tuple(sequences.lengths.shape)
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside Megatron's wrappers."""
+def unwrapped(model: torch.nn.Module) -> DecoderChunk:
+    """The chunk inside Megatron's wrappers."""
     while hasattr(model, "module"):
         model = model.module
     return model

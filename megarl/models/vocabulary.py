@@ -32,10 +32,10 @@ class VocabularyShard:
 
 
 def vocabulary_stats(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, with_entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and, when asked, the entropy (nats) of the distribution it is drawn from; differentiable in both.
+    """Log-probability of each target and, when asked, the entropy (nats) of its distribution; differentiable in both.
 
-    Entered by every rank of `shard.group` with equal `hidden` and `targets`; the gradient of `hidden` is this rank's part, to be summed over
-    the group. Shapes: `hidden` [N, H], `weight` [V, H], `targets` i64[N] -> two f32[N] (zeros for the entropy when not asked).
+    Entered by every rank of `shard.group` with equal `hidden` and `targets`; the gradient of `hidden` is this rank's part, to be summed
+    over the group. Shapes: `hidden` [N, H], `weight` [V, H], `targets` i64[N] -> two f32[N] (zeros for the entropy when not asked).
     """
     return _VocabularyStats.apply(hidden, weight, targets, shard, with_entropy)
 

@@ -43,7 +43,7 @@ def cut(batch: Rows, microbatch_size: int) -> list[Rows]:
 
 
 def forward_only(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Rows], head: Head) -> list[Any]:
-    """What `head` says about each microbatch, on the last stage (detached); an empty list elsewhere. Called by every rank of the replica."""
+    """What `head` says about each microbatch, on the last stage (detached); elsewhere an empty list. Every rank of the replica calls."""
 
     def keep(model: torch.nn.Module, rows: Rows, hidden: Tensor, non_loss_data: bool) -> Any:
         return head(model, hidden, rows.sequences(), rows)
@@ -71,13 +71,13 @@ def forward_backward(chunks: Sequence[torch.nn.Module], microbatches: Sequence[R
 
 
 def finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Megatron's reduction of gradients without its division by a token count. Set it as `finalize_model_grads_func` of a model's config."""
+    """Megatron's reduction of gradients without its division by a token count: the `finalize_model_grads_func` of a model's config."""
     finalize_model_grads(model, None, **options)
 
 
 def _run(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Rows], finish: Callable, is_forward_only: bool) -> list[Any]:
     config = get_model_config(chunks[0])
-    assert config.calculate_per_token_loss, "Megatron would divide the losses again"
+    assert is_forward_only or config.calculate_per_token_loss, "Megatron would average the losses again"
     tokens = microbatches[0].sequences().token_ids
     num_positions = _num_positions(tokens.shape[1], config)
     positions = torch.arange(num_positions, device=tokens.device)[None].expand(len(tokens), -1)

@@ -1,0 +1,197 @@
+"""A replica that learns: Megatron's DDP and Adam around the chunks, one optimizer step at a time."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.config import OptimizerConfig, ParallelConfig
+from megarl.metrics import Largest, Metric, Metrics, Total
+from megarl.models.learning_rate import lr_at
+from megarl.models.replica import Replica
+from megarl.parallel import device, groups, pipeline
+from megarl.parallel.collectives import broadcast_json
+from megarl.parallel.layout import ParallelLayout
+
+device.prepare()
+
+from megatron.core import optimizer as megatron_optimizer  # noqa: E402  (the host is prepared first)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
+
+
+class Learner(Replica):
+    """A replica with gradients and an optimizer. Built by every rank of the world, from freshly built chunks.
+
+    Weights are views into the optimizer's buffers from here on: take pieces from `chunks` of the learner, never from before, and call
+    `refresh_main_params` after writing weights. `total_steps` is the number of optimizer steps that the schedule spans.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: OptimizerConfig,
+        parallel: ParallelConfig,
+        precision: str,
+        layout: ParallelLayout,
+        total_steps: int,
+    ):
+        super().__init__(_wrapped(chunks, parallel), layout, parallel.microbatch_size)
+        self.config, self.total_steps = optimizer, total_steps
+        self.num_steps = 0  # optimizer steps tried, skipped ones included: the schedule's clock
+        self._optimizer = megatron_optimizer.get_megatron_optimizer(
+            _megatron_config(optimizer, parallel, precision), self.chunks, use_gloo_process_groups=False
+        )
+
+    def step(self, batch: Any, head: pipeline.Head, loss_function: pipeline.LossFunction) -> Metrics:
+        """One optimizer step on `batch`, this data-parallel rank's share of the minibatch; every rank of the world calls.
+
+        `loss_function(stats, rows) -> (loss, metrics)` runs on the last stage for each microbatch, with `stats` from `head`; its losses are
+        divided by global denominators already and are summed. Rows may be dummies (length 0, masks False): they must add nothing.
+        A gradient norm that is not finite skips the update on all ranks alike.
+
+        Returns the metrics of this replica's rows on every rank of the replica, with `grad_norm` (of the update, before clipping),
+        `lr` and `skipped_updates` added: reduce them over data-parallel ranks.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        microbatches = pipeline.cut(batch.to(device.device()), self.microbatch_size)
+        metrics = pipeline.forward_backward(self.chunks, microbatches, head, loss_function)
+        lr = lr_at(self.config, self.num_steps, self.total_steps)
+        grad_norm = self._update(lr)
+        self.num_steps += 1
+        shared = broadcast_json(metrics.to_json(), self.last_stage_rank, groups.group(self.layout, "pp"))
+        return Metrics.from_json(shared) + self._step_metrics(grad_norm, lr)
+
+    def refresh_main_params(self) -> None:
+        """Copies the model's weights into the optimizer's float32 copies, after the weights were written from outside."""
+        self._optimizer.reload_model_params()
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Live tensors of this rank's optimizer state: `<optimizer>.<group>.<param>.exp_avg`, `.exp_avg_sq`, and `.main` for
+        float32 copies of weights that the model keeps in another dtype. They exist before the first step too. Names are the same in
+        every run of one model and layout.
+        """
+        weights = {param.untyped_storage().data_ptr() for chunk in self.chunks for param in chunk.parameters()}
+        tensors = {}
+        for name, param, state in self._parameters():
+            tensors |= {f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+            if param.untyped_storage().data_ptr() not in weights:
+                tensors[f"{name}.main"] = param.data
+        return tensors
+
+    def optimizer_json(self) -> dict[str, Any]:
+        """What the optimizer counts: steps tried, and Adam's own step of each parameter group (skipped updates do not count)."""
+        return {"num_steps": self.num_steps, "adam_steps": {name: int(_adam_step(group, inner)) for name, group, inner in self._groups()}}
+
+    def load_optimizer(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
+        """Makes the optimizer what it was when `optimizer_tensors` and `optimizer_json` were taken, bit for bit.
+
+        Weights are loaded beforehand and apart. Raises KeyError or ValueError for tensors of another model or layout.
+        """
+        live = self.optimizer_tensors()
+        if live.keys() != tensors.keys():
+            raise KeyError(f"optimizer tensors differ: {sorted(live.keys() ^ tensors.keys())[:4]}")
+        for name, tensor in live.items():
+            saved = tensors[name]
+            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                raise ValueError(f"{name}: found {saved.dtype}{list(saved.shape)}; expected {tensor.dtype}{list(tensor.shape)}")
+            tensor.copy_(saved)
+        for name, group, inner in self._groups():
+            _set_adam_step(group, inner, counts["adam_steps"][name])
+        self.num_steps = counts["num_steps"]
+
+    @torch.no_grad()
+    def _update(self, lr: float) -> float:
+        """Clips and applies the reduced gradients; returns their global norm, equal on all ranks, which may be infinite or nan."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return grad_norm
+        if self.config.clip_grad > 0:
+            for inner in self._optimizer.chained_optimizers:
+                clip_grad_by_total_norm_fp32(inner.get_parameters(), self.config.clip_grad, grad_norm)
+        self._optimizer.step_with_ready_grads()
+        return grad_norm
+
+    def _step_metrics(self, grad_norm: float, lr: float) -> Metrics:
+        is_skipped = not math.isfinite(grad_norm)
+        is_first_replica = self.layout.dp_rank == 0  # all replicas skip together: count it once
+        metrics = Metrics({"lr": Largest(lr), "skipped_updates": Total(float(is_skipped and is_first_replica))})
+        return metrics if is_skipped else metrics + Metrics({"grad_norm": Metric(grad_norm)})
+
+    def _groups(self):
+        """(name, parameter group, torch optimizer) of every parameter group of this rank that is not empty."""
+        for i, chained in enumerate(self._optimizer.chained_optimizers):
+            for g, group in enumerate(chained.param_groups):
+                if group["params"]:
+                    yield f"{i}.{g}", group, chained.optimizer
+
+    def _parameters(self):
+        """(name, float32 parameter, its Adam state) in a fixed order; state that does not exist yet is made."""
+        for name, group, inner in self._groups():
+            for p, param in enumerate(group["params"]):
+                if not inner.state[param]:
+                    _start_adam_state(param, inner)
+                yield f"{name}.{p}", param, inner.state[param]
+
+
+def _wrapped(chunks: Sequence[torch.nn.Module], parallel: ParallelConfig) -> list[torch.nn.Module]:
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer, overlap_grad_reduce=False
+    )
+    wrapped = []
+    for chunk in chunks:
+        config = get_model_config(chunk)
+        config.finalize_model_grads_func = pipeline.finalize
+        wrapped.append(DistributedDataParallel(config, ddp_config, chunk))
+    return wrapped
+
+
+def _megatron_config(config: OptimizerConfig, parallel: ParallelConfig, precision: str) -> megatron_optimizer.OptimizerConfig:
+    is_bf16 = precision == "bf16"
+    return megatron_optimizer.OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        decoupled_weight_decay=True,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=is_bf16,
+        params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+
+
+def _start_adam_state(param: Tensor, inner: torch.optim.Optimizer) -> None:
+    """What torch's Adam (or a fused one, which keeps its step in the group) makes in its first step."""
+    inner.state[param]["exp_avg"] = torch.zeros_like(param.data)
+    inner.state[param]["exp_avg_sq"] = torch.zeros_like(param.data)
+    if isinstance(inner, torch.optim.Adam):
+        inner.state[param]["step"] = torch.tensor(0.0, dtype=torch.float32)
+
+
+def _adam_step(group: dict[str, Any], inner: torch.optim.Optimizer) -> float:
+    if isinstance(inner, torch.optim.Adam):
+        state = inner.state[group["params"][0]]
+        return float(state["step"]) if state else 0.0
+    return group.get("step", 0)
+
+
+def _set_adam_step(group: dict[str, Any], inner: torch.optim.Optimizer, step: int) -> None:
+    if isinstance(inner, torch.optim.Adam):
+        for param in group["params"]:
+            inner.state[param]["step"].fill_(step)
+    else:
+        group["step"] = step

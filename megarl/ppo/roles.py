@@ -1,0 +1,158 @@
+"""The four models of PPO: actor, critic, reference, reward model. Each is spread over the same ranks, and speaks `[B, T]`.
+
+Every method is called by every rank; `batch` is the part of this rank's data-parallel replica and equal on all its ranks, and so is
+every result. Axis letters: B sequences of a data-parallel replica, T tokens of the padded batch.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.config import PpoRun, Run, TrainedModelConfig
+from megarl.metrics import Largest, Metric, Metrics
+from megarl.models.build import build_model
+from megarl.models.learner import Learner
+from megarl.models.pieces import Piece, TensorSource, load_pieces, source_pieces
+from megarl.models.replica import Replica
+from megarl.models.spec import ModelSpec, Role
+from megarl.models.token_stats import LogprobHead, PolicyHead, ScoreHead, ValueHead
+from megarl.parallel import groups
+from megarl.parallel.collectives import sum_over
+from megarl.parallel.layout import ParallelLayout
+from megarl.ppo.losses import aggregate, count_for, entropy_loss, policy_loss, value_loss
+from megarl.records import Experience, RolloutBatch, TokenBatch
+
+
+def build_learner(
+    spec: ModelSpec, role: Role, model: TrainedModelConfig, run: Run, layout: ParallelLayout, source: TensorSource, total_steps: int
+) -> tuple[Learner, list[Piece]]:
+    """A model that learns, with weights from `source`, and its live pieces. Called by every rank.
+
+    `role` is "actor" (vocabulary logits) or "critic" (a scalar head); `total_steps` are the optimizer steps of the whole run.
+    """
+    chunks = build_model(spec, role, run.parallel, run.precision, layout)
+    learner = Learner(chunks, model.optimizer, run.parallel, run.precision, layout, total_steps)
+    pieces = source_pieces(learner.chunks, spec.table(role))
+    load_pieces(pieces, source)
+    learner.refresh_main_params()
+    return learner, pieces
+
+
+def build_frozen(
+    spec: ModelSpec, role: Role, run: Run, layout: ParallelLayout, source: TensorSource
+) -> tuple[Replica, list[Piece]]:
+    """A model that never changes: no gradients, no optimizer. Called by every rank; arguments as for `build_learner`."""
+    chunks = build_model(spec, role, run.parallel, run.precision, layout)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    pieces = source_pieces(chunks, spec.table(role))
+    load_pieces(pieces, source)
+    return Replica(chunks, layout, run.parallel.microbatch_size), pieces
+
+
+def num_updates(run: PpoRun, first_step: int = 0) -> int:
+    """Optimizer steps of the whole run from step `first_step` on."""
+    minibatches = run.rollout.prompts_per_step * run.rollout.samples_per_prompt // run.ppo.minibatch_size
+    return max(1, (run.ppo.total_steps - first_step) * run.ppo.num_epochs * minibatches)
+
+
+class Actor:
+    """The policy that is trained."""
+
+    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
+        total_steps = num_updates(run, run.ppo.critic_warmup_steps)
+        self.spec, self.layout, self._ppo = spec, layout, run.ppo
+        self.learner, self.pieces = build_learner(spec, "actor", run.actor, run, layout, source, total_steps)
+        self._max_response_tokens = run.rollout.max_response_tokens
+        settings = (run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
+        self._scoring_head, self._learning_head = LogprobHead(*settings), PolicyHead(*settings)
+
+    def logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Log-probabilities of the response tokens under the policy as it is, tempered like the sampler: f32[B, T], 0 elsewhere."""
+        return self.learner.forward(batch, self._scoring_head)
+
+    def update(self, minibatch: Experience) -> Metrics:
+        """One optimizer step on this data rank's share of a minibatch (semantics section 3). Reduce the metrics over data ranks."""
+        group = groups.group(self.layout, "dp")
+        mine = count_for(self._ppo.aggregation, minibatch.response_mask, self._max_response_tokens)
+        denominator = sum_over(mine, group).clamp(min=1)
+        return self.learner.step(minibatch, self._learning_head, partial(self._loss, denominator)).under("actor")
+
+    def _loss(self, denominator: Tensor, stats: tuple[Tensor, Tensor], rows: Experience) -> tuple[Tensor, Metrics]:
+        logprobs, entropy = stats
+        mask = rows.response_mask
+        per_token, seen = policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, self._ppo)
+        total = per_token + entropy_loss(entropy, mask, self._ppo.entropy_coef)
+        metrics = Metrics(
+            {
+                "loss": _token_mean(per_token, mask),
+                "entropy": _token_mean(entropy, mask),
+                "clip_fraction": _token_mean(seen["clipped"], mask),
+                "old_kl": _token_mean(seen["old_kl"], mask),
+                "ratio": _token_mean(seen["ratio"], mask),
+                "ratio_max": Largest(seen["ratio"].max()),
+            }
+        )
+        return aggregate(total, mask, self._ppo.aggregation, denominator), metrics
+
+
+class Critic:
+    """The value of every position, trained on the returns."""
+
+    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
+        self.spec, self.layout, self._value_clip = spec, layout, run.ppo.value_clip
+        self.learner, self.pieces = build_learner(spec, "critic", run.critic, run, layout, source, num_updates(run))
+        self._head = ValueHead()
+
+    def values(self, batch: RolloutBatch) -> Tensor:
+        """Values before each response token is chosen: f32[B, T], 0 elsewhere."""
+        return torch.where(batch.response_mask, self.learner.forward(batch, self._head), 0.0)
+
+    def update(self, minibatch: Experience) -> Metrics:
+        """One optimizer step on this data rank's share of a minibatch (semantics section 4). Reduce the metrics over data ranks."""
+        tokens = sum_over(minibatch.response_mask.sum().double(), groups.group(self.layout, "dp")).clamp(min=1)
+        return self.learner.step(minibatch, self._head, partial(self._loss, tokens)).under("critic")
+
+    def _loss(self, denominator: Tensor, values: Tensor, rows: Experience) -> tuple[Tensor, Metrics]:
+        mask = rows.response_mask
+        per_token, seen = value_loss(values, rows.values, rows.returns, mask, self._value_clip)
+        metrics = Metrics(
+            {
+                "loss": _token_mean(per_token, mask),
+                "clip_fraction": _token_mean(seen["clipped"], mask),
+                "value": _token_mean(values, mask),
+            }
+        )
+        return aggregate(per_token, mask, "token_mean", denominator), metrics
+
+
+class Reference:
+    """The frozen policy that the KL penalty is measured against."""
+
+    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
+        self.spec, self.layout = spec, layout
+        self.replica, self.pieces = build_frozen(spec, "actor", run, layout, source)
+        self._head = LogprobHead(run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
+
+    def logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Log-probabilities of the response tokens, tempered like the sampler: f32[B, T], 0 elsewhere."""
+        return self.replica.forward(batch, self._head)
+
+
+class RewardModel:
+    """A frozen model that gives a whole sequence one number."""
+
+    def __init__(self, spec: ModelSpec, run: Run, layout: ParallelLayout, source: TensorSource):
+        self.spec, self.layout = spec, layout
+        self.replica, self.pieces = build_frozen(spec, "critic", run, layout, source)
+        self._head = ScoreHead()
+
+    def scores(self, batch: TokenBatch) -> Tensor:
+        """The score at the last token of every sequence: f32[B]."""
+        return self.replica.forward(batch, self._head)
+
+
+def _token_mean(per_token: Any, mask: Tensor) -> Metric:
+    return Metric(torch.where(mask, per_token.detach(), 0.0).sum().double(), mask.sum().double())
