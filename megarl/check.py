@@ -16,7 +16,7 @@ from megarl.config import PpoRun, Run
 from megarl.config_file import draft_run, to_yaml
 from megarl.cross_check import cross_check, longest_sequence, smallest_world, started_on
 from megarl.errors import ConfigError
-from megarl.models.family import ModelSpec
+from megarl.models.family import ModelSpec, Role
 from megarl.parallel.layout import ParallelLayout
 from megarl.run_files import model_uses, survey
 
@@ -65,8 +65,8 @@ class Memory:
 def inspect(kind: str, path: Path, overrides: Sequence[str], world_size: int | None = None, is_start: bool = False) -> Inspection:
     """Read a run and check it against its world, models and files.
 
-    Args: `world_size` None means the one the file is written for; `is_start`: the run is about to start on these ranks, so that missing files
-    are faults instead of notices. Raises ConfigError with every fault, one line each.
+    Args: `world_size` None means the one the file is written for; `is_start`: the run is about to start on these ranks, so that missing
+    files are faults instead of notices. Raises ConfigError with every fault, one line each.
     """
     draft = draft_run(kind, path, overrides)
     faults = list(draft.faults)
@@ -80,7 +80,7 @@ def inspect(kind: str, path: Path, overrides: Sequence[str], world_size: int | N
     if faults:
         raise ConfigError(list(dict.fromkeys(draft.located(fault) for fault in faults)))
     notices = [draft.located(fault) for fault in found.missing]
-    return Inspection(run, world_size, reason, found.specs, (*notices, *_notices(run, world_size)))
+    return Inspection(run, world_size, reason, found.specs, (*notices, *_notices(run, world_size, found.specs)))
 
 
 def batch_of(run: Run, world_size: int) -> Batch:
@@ -90,12 +90,7 @@ def batch_of(run: Run, world_size: int) -> Batch:
     return Batch(size, size // layout.data // run.parallel.microbatch_size, run.parallel.microbatch_size, layout.data)
 
 
-def count_parameters(spec: ModelSpec, role: str) -> int:
-    """Parameters of a model: `actor` with its language-model head, `critic` (and reward model) with a scalar head."""
-    return sum(math.prod(shape) for shape in spec.table(role).hf_shapes.values())
-
-
-def memory_of(run: Run, spec: ModelSpec, role: str, data: int, is_trained: bool) -> Memory:
+def memory_of(run: Run, spec: ModelSpec, role: Role, data: int, is_trained: bool) -> Memory:
     """Rough bytes on the heaviest rank: float32 gradients and, per parameter, float32 Adam moments and (in bf16) float32 masters."""
     shapes = spec.table(role).hf_shapes
     layers = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name)
@@ -106,7 +101,7 @@ def memory_of(run: Run, spec: ModelSpec, role: str, data: int, is_trained: bool)
     width = 2 if run.precision == "bf16" else 4
     shards = data if run.parallel.distributed_optimizer else 1
     optimizer = local * (12 if run.precision == "bf16" else 8) // shards
-    whole = count_parameters(spec, role)
+    whole = spec.num_parameters(role)
     return Memory(whole, local * width, local * 4 if is_trained else 0, optimizer if is_trained else 0)
 
 
@@ -140,7 +135,7 @@ def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
         updates = run.ppo.total_steps * run.ppo.num_epochs * minibatches
         frozen = min(run.ppo.critic_warmup_steps, run.ppo.total_steps) * run.ppo.num_epochs * minibatches
         rows += [
-            ("generators", f"{replicas} replicas x tensor {run.rollout.tensor_parallel}, about {sequences / replicas:.4g} sequences each a step"),
+            ("generators", f"{replicas} replicas x tensor {run.rollout.tensor_parallel}, about {sequences / replicas:.4g} sequences each"),
             (
                 "batch",
                 f"prompts {run.rollout.prompts_per_step} x samples {run.rollout.samples_per_prompt} = {sequences} sequences ="
@@ -177,16 +172,19 @@ def _world(run: Run, world_size: int | None) -> tuple[int, str]:
     return smallest_world(run), "the smallest that fits; --world N counts with another"
 
 
-def _notices(run: Run, world_size: int) -> list[str]:
+def _notices(run: Run, world_size: int, specs: dict[str, ModelSpec]) -> list[str]:
     found = []
     batch = batch_of(run, world_size)
+    for key, spec in specs.items():
+        if spec.num_layers % run.parallel.pipeline:
+            found.append(f"{spec.num_layers} layers of {key} over {run.parallel.pipeline} stages: the first ones get one more")
     per_node = run.cluster.ranks_per_node if run.cluster is not None else None
     if per_node is not None and run.parallel.tensor > per_node:
         found.append(f"parallel.tensor {run.parallel.tensor} spans nodes of {per_node} ranks: every layer will wait for the network")
     if batch.microbatches < run.parallel.pipeline:
         found.append(
-            f"{batch.microbatches} microbatches keep a pipeline of {run.parallel.pipeline} stages mostly idle: smaller parallel.microbatch_size,"
-            " or larger minibatches"
+            f"{batch.microbatches} microbatches keep a pipeline of {run.parallel.pipeline} stages mostly idle:"
+            " smaller parallel.microbatch_size, or larger minibatches"
         )
     if isinstance(run, PpoRun):
         sequences = run.rollout.prompts_per_step * run.rollout.samples_per_prompt
@@ -196,14 +194,15 @@ def _notices(run: Run, world_size: int) -> list[str]:
         if sequences < replicas:
             found.append(f"{sequences} sequences a step for {replicas} generator replicas: some will have nothing to do")
         if run.ppo.critic_warmup_steps >= run.ppo.total_steps:
-            found.append(f"ppo.critic_warmup_steps {run.ppo.critic_warmup_steps} of {run.ppo.total_steps} steps: the actor will never learn")
+            found.append(f"ppo.critic_warmup_steps {run.ppo.critic_warmup_steps} of {run.ppo.total_steps}: the actor will never learn")
     return found
 
 
 def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
     table = _table(console, title)
-    table.add_column("what", style="bold", no_wrap=True)
-    table.add_column("numbers", overflow="fold")
+    table.show_header = False
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -211,24 +210,25 @@ def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
 
 def _print_memory(console: Console, inspection: Inspection) -> None:
     run, data = inspection.run, inspection.layout.data
-    table = _table(console, "Memory a rank, roughly (GiB on the fullest rank; activations, buffers and KV cache come on top)")
+    table = _table(console, "Memory a rank, roughly, in GiB on the fullest rank; activations, buffers and KV cache come on top")
     for name in ("model", "parameters", "weights", "gradients", "optimizer", "sum"):
         table.add_column(name, justify="left" if name == "model" else "right")
-    total = 0
+    training = 0
     for use in model_uses(run):
         if use.key in inspection.specs:
             is_trained = use.key in ("actor", "critic", "model")
             role = "actor" if use.role == "actor" else "critic"
             memory = memory_of(run, inspection.specs[use.key], role, data, is_trained)
-            total += _memory_row(table, use.key, memory)
+            training += _memory_row(table, use.key, memory)
     if isinstance(run, PpoRun) and "actor" in inspection.specs:
         actor = inspection.specs["actor"]
         if run.reference is None:
-            total += _memory_row(table, "reference (the actor's start)", memory_of(run, actor, "actor", data, False))
-        whole = count_parameters(actor, "actor")
+            training += _memory_row(table, "reference (the actor's start)", memory_of(run, actor, "actor", data, False))
+        whole = actor.num_parameters("actor")
         width = 2 if run.precision == "bf16" else 4
-        total += _memory_row(table, "generator", Memory(whole, whole * width // run.rollout.tensor_parallel, 0, 0))
-    table.add_row("all", "", "", "", "", f"{total / GIB:.2f}")
+        generator = _memory_row(table, "generator", Memory(whole, whole * width // run.rollout.tensor_parallel, 0, 0))
+        _sum_row(table, "sum while generating", training + generator)
+    _sum_row(table, "sum while learning" if isinstance(run, PpoRun) else "sum", training)
     console.print(table)
 
 
@@ -238,6 +238,11 @@ def _memory_row(table: Table, name: str, memory: Memory) -> int:
     return sum(parts)
 
 
+def _sum_row(table: Table, name: str, size: int) -> None:
+    table.add_row(name, "", "", "", "", f"{size / GIB:.2f}")
+
+
 def _table(console: Console, title: str) -> Table:
     is_pretty = console.is_terminal
-    return Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED if is_pretty else None, show_header=True)
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    return Table(box=box.ROUNDED if is_pretty else None, show_header=True, pad_edge=False)

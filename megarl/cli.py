@@ -1,4 +1,4 @@
-"""The command `megarl`. Reading and refusing comes first and imports nothing heavy; torch, Megatron and vLLM load when a run is known to fit.
+"""The command `megarl`. Reading and refusing come first and import nothing heavy; torch, Megatron and vLLM load for a run that fits.
 
 Exit codes: 0 done, 2 a user's mistake (one line each on stderr, no traceback), 1 anything else (with its traceback), 130 interrupted.
 """

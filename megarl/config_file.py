@@ -42,8 +42,8 @@ class Fault:
 class Draft:
     """A run as far as its file can be understood.
 
-    With faults, `run` holds defaults or placeholders at the faulty keys (None when not even that is possible), so that the rest can still be
-    checked: everything wrong is said at once.
+    With faults, `run` holds defaults or placeholders at the faulty keys (None when not even that is possible), so that the rest can
+    still be checked: everything wrong is said at once.
     """
 
     source: Path

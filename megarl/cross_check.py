@@ -36,8 +36,9 @@ def started_on(run: Run, world_size: int) -> list[Fault]:
     if run.cluster is None or run.cluster.world_size == world_size:
         return []
     text = (
-        f"cluster: {run.cluster.nodes} nodes x {run.cluster.ranks_per_node} ranks_per_node = {run.cluster.world_size} ranks, but this run was"
-        f" started on {world_size}: start {run.cluster.world_size} ranks, change cluster.nodes and cluster.ranks_per_node, or set cluster=null"
+        f"cluster: {run.cluster.nodes} nodes x {run.cluster.ranks_per_node} ranks_per_node = {run.cluster.world_size} ranks, but this run"
+        f" was started on {world_size}: start {run.cluster.world_size} ranks, change cluster.nodes and cluster.ranks_per_node, or set"
+        " cluster=null"
     )
     return [Fault(("cluster.nodes", "cluster.ranks_per_node"), text)]
 
@@ -76,18 +77,16 @@ def _sequence_parallel(run: Run) -> Iterator[Fault]:
 def _models(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
     for key, spec in specs.items():
         yield from _tensor_fits("parallel.tensor", run.parallel.tensor, key, spec)
-        if spec.num_layers % run.parallel.pipeline:
-            text = (
-                f"parallel.pipeline: found {run.parallel.pipeline}; expected a divisor of the {spec.num_layers} layers of {key}:"
-                f" {divisors(spec.num_layers)}"
-            )
+        if spec.num_layers < run.parallel.pipeline:
+            text = f"parallel.pipeline: found {run.parallel.pipeline}; expected at most the {spec.num_layers} layers of {key}"
             yield Fault(("parallel.pipeline", *_named(key)), text)
 
 
 def _tensor_fits(knob: str, tensor: int, model: str, spec: ModelSpec) -> Iterator[Fault]:
-    for number, what in ((spec.num_heads, "attention heads"), (spec.ffn_size, "feed-forward channels")):
+    for number, what in ((spec.num_heads, "attention heads"), (spec.ffn_size, "feed-forward channels"), (spec.hidden_size, "channels")):
         if number % tensor:
-            yield Fault((knob, *_named(model)), f"{knob}: found {tensor}; expected a divisor of the {number} {what} of {model}: {divisors(number)}")
+            text = f"{knob}: found {tensor}; expected a divisor of the {number} {what} of {model}: {divisors(number)}"
+            yield Fault((knob, *_named(model)), text)
     if spec.num_kv_heads % tensor and tensor % spec.num_kv_heads:
         text = f"{knob}: found {tensor}; expected a divisor or a multiple of the {spec.num_kv_heads} key-value heads of {model}"
         yield Fault((knob, *_named(model)), text)
@@ -102,7 +101,8 @@ def _generation(run: PpoRun, world_size: int, specs: Mapping[str, ModelSpec]) ->
         yield from _tensor_fits(knob, tensor, "actor", specs["actor"])
         padded = -(-specs["actor"].vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
         if padded % tensor:
-            yield Fault((knob, *_named("actor")), f"{knob}: found {tensor}; expected a divisor of the actor's padded vocabulary of {padded} tokens")
+            text = f"{knob}: found {tensor}; expected a divisor of the actor's padded vocabulary of {padded} tokens"
+            yield Fault((knob, *_named("actor")), text)
 
 
 def _lengths(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
@@ -130,8 +130,8 @@ def _vocabularies(specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
     for key, spec in specs.items():
         if spec.vocab_size != expected:
             text = (
-                f"{key}.path: a vocabulary of {spec.vocab_size}; expected the actor's {expected}: all models of a run read the same token ids,"
-                f" so {key} must come from a model with the same tokenizer"
+                f"{key}.path: a vocabulary of {spec.vocab_size}; expected the actor's {expected}: all models of a run read the same token"
+                f" ids, so {key} must come from a model with the same tokenizer"
             )
             yield Fault((*_named(key), *_named("actor")), text)
 
@@ -178,8 +178,8 @@ def _replica_batch(run: Run, knob: str, size: int, data: int) -> Iterator[Fault]
     share, micro = size // data, run.parallel.microbatch_size
     if share % micro:
         text = (
-            f"parallel.microbatch_size: found {micro}; expected a divisor of the {share} sequences a data-parallel replica has of {knob} {size}"
-            f" ({size} / {data} replicas): {divisors(share)}"
+            f"parallel.microbatch_size: found {micro}; expected a divisor of the {share} sequences that a data-parallel replica has of"
+            f" {knob} ({size} / {data} replicas): {divisors(share)}"
         )
         yield Fault(("parallel.microbatch_size", *keys), text)
 

@@ -115,7 +115,8 @@ def _differences(actual: ModelSpec, declared: ModelSpec) -> str:
 
 
 def _missing_files(run: Run) -> Iterator[Fault]:
-    named = {"tokenizer": (run.tokenizer, "a sentencepiece .model file or a Hugging Face directory"), "data.path": (run.data.path, "a JSONL file")}
+    tokenizer = "a sentencepiece .model file or a Hugging Face directory"
+    named = {"tokenizer": (run.tokenizer, tokenizer), "data.path": (run.data.path, "a JSONL file")}
     if isinstance(run, PpoRun) and run.eval is not None:
         named["eval.path"] = (run.eval.path, "a JSONL file")
     if isinstance(run, SftRun | RewardRun) and run.data.eval_path is not None:

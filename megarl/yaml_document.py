@@ -142,7 +142,8 @@ def _value(loader: _Loader, node: yaml.Node, name: str, ancestors: tuple[yaml.No
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key is None:
-                document.faults.append((key_node.start_mark.line + 1, f"{prefix}?: a key that is itself a list or section; expected a name"))
+                fault = f"{prefix}?: a key that is itself a list or section; expected a name"
+                document.faults.append((key_node.start_mark.line + 1, fault))
                 continue
             document.lines[f"{prefix}{key}"] = key_node.start_mark.line + 1
             tree[key] = _value(loader, value_node, f"{prefix}{key}", inside, document)
