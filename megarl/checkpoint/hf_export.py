@@ -103,7 +103,7 @@ def hf_config(spec: ModelSpec, is_scalar_head: bool, dtype: torch.dtype, tokens:
 
 
 def _write_configs(staging: Path, directory: Path, manifest: Manifest, model: str, spec: ModelSpec, dtype: torch.dtype) -> None:
-    is_scalar_head = manifest.models[model].role == "critic"
+    is_scalar_head = manifests.ROLES[model] == "critic"
     config = hf_config(spec, is_scalar_head, dtype, manifest.tokenizer)
     write_text(staging / "config.json", json.dumps(config, indent=2))
     if not is_scalar_head:
@@ -134,7 +134,7 @@ def _choose(directory: Path, manifest: Manifest, model: str | None) -> str:
 def _check_complete(directory: Path, manifest: Manifest, model: str, spec: ModelSpec) -> None:
     """Every tensor of the family's table, each element exactly once."""
     stored = manifest.models[model]
-    shapes = {name: tuple(shape) for name, shape in spec.table(stored.role).hf_shapes.items()}
+    shapes = {name: tuple(shape) for name, shape in spec.table(manifests.ROLES[model]).hf_shapes.items()}
     boxes = [(tensor.name, tensor.box) for file in manifest.files_of("weights", model).values() for tensor in file.tensors]
     faults = cover_faults(shapes, boxes)
     if shapes != {name: tuple(shape) for name, shape in stored.shapes.items()}:

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megarl.checkpoint.manifest import FORMAT, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
+from megarl.checkpoint.manifest import FORMAT, ROLES, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
 from megarl.checkpoint.publish import (
     STAGING,
     check_room,
@@ -16,10 +16,11 @@ from megarl.checkpoint.publish import (
     write_tokenizer,
 )
 from megarl.checkpoint.sharded import DTYPE_NAMES, TensorEntry, whole, write_tensors
-from megarl.checkpoint.sources import SCORE, SafetensorsSource, check_shapes
+from megarl.checkpoint.sources import SafetensorsSource, check_shapes
 from megarl.checkpoint.train_state import TrainState
 from megarl.data.tokenizers import check_vocabulary, load_tokenizer
 from megarl.errors import SetupError
+from megarl.models.decoder_table import SCALAR_HEAD
 from megarl.models.family import read_spec
 
 
@@ -32,8 +33,8 @@ def import_hf(hf_dir: Path, out: Path, tokenizer: Path | None = None) -> Path:
     """
     hf_dir, out = Path(hf_dir), Path(out)
     spec, source = read_spec(hf_dir), SafetensorsSource(hf_dir)
-    model, role = ("reward", "critic") if SCORE in set(source.names()) else ("actor", "actor")
-    shapes = {name: tuple(shape) for name, shape in spec.table(role).hf_shapes.items()}
+    model = "reward" if SCALAR_HEAD in set(source.names()) else "actor"
+    shapes = {name: tuple(shape) for name, shape in spec.table(ROLES[model]).hf_shapes.items()}
     check_shapes(hf_dir, shapes, source)
     texts = load_tokenizer(tokenizer or hf_dir)
     check_vocabulary(texts, spec.vocab_size, hf_dir, "HF_DIR")
@@ -54,7 +55,7 @@ def import_hf(hf_dir: Path, out: Path, tokenizer: Path | None = None) -> Path:
             course="import",
             state=TrainState().to_json(),
             layout=StoredLayout(precision="as imported"),
-            models={model: StoredModel(role=role, shapes=shapes)},
+            models={model: StoredModel(shapes=shapes)},
             files=files,
             tokenizer=special_tokens(texts),
             versions=versions(),

@@ -16,6 +16,7 @@ from megarl.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
+ROLES: dict[str, Literal["actor", "critic"]] = {"actor": "actor", "critic": "critic", "reward": "critic"}  # weight table of each model
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -46,9 +47,8 @@ class StoredFile(Stored):
 
 
 class StoredModel(Stored):
-    """A model: its weight table's role, and the shape of every tensor in Hugging Face coordinates."""
+    """A model: the shape of every tensor in Hugging Face coordinates. Its name says which weight table it follows (`ROLES`)."""
 
-    role: Literal["actor", "critic"]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -118,6 +118,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged or of another megarl version: {where}: {first['msg']}") from error
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.format}; this megarl reads format {FORMAT}")
+    if unknown := manifest.models.keys() - ROLES.keys():
+        raise CheckpointError(f"{path} names the models {sorted(unknown)}; this megarl knows {sorted(ROLES)}")
     for name in manifest.files:
         if not is_inside(name):
             raise CheckpointError(f"{path} names the file {name!r}, which is outside the checkpoint: refused")

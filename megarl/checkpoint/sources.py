@@ -12,13 +12,14 @@ from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import Manifest, StoredTensor
 from megarl.checkpoint.sharded import DTYPES, whole
 from megarl.errors import CheckpointError, WeightMapError
+from megarl.models.decoder_table import SCALAR_HEAD
 from megarl.models.family import ModelSpec, read_spec
 from megarl.models.pieces import TensorSource
+from megarl.models.random_weights import RandomSource, WithNewTensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SCORE = "score.weight"
-SCORE_SEED = 20201  # every rank, run and resume starts from the same random head
+HEAD_SEED = 0  # every rank, run and resume starts from the same new head
 
 
 class SafetensorsSource:
@@ -158,30 +159,12 @@ class CheckpointSource:
         return self._files[path]
 
 
-class RandomScoreSource:
-    """A language model's tensors with a new scalar head, the same on every rank: N(0, 1/(h+1)) (Stiennon et al. 2020, appendix C)."""
-
-    def __init__(self, source: TensorSource, hidden_size: int):
-        self._source = source
-        generator = torch.Generator().manual_seed(SCORE_SEED)
-        self._score = torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5
-
-    def names(self) -> Iterable[str]:
-        return [*self._source.names(), SCORE]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._score.shape) if name == SCORE else self._source.shape(name)
-
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        return self._score[within(box, whole(self._score.shape))].clone() if name == SCORE else self._source.read(name, box)
-
-
 def open_weights(path: Path, role: str) -> tuple[ModelSpec, TensorSource]:
     """The model at `path`, to start a model of `role` from.
 
     `path` is a Hugging Face directory, a megarl checkpoint, or a run's output directory (its newest complete checkpoint counts).
     Roles: `actor` needs a language model; `critic` takes a model with a scalar head when there is one, else a language model whose head is
-    replaced by a random one (`RandomScoreSource`); `reward` needs a trained reward model.
+    replaced by a random one, N(0, 0.02^2) and the same in every run; `reward` needs a trained reward model.
     Raises `CheckpointError` or `WeightMapError`, naming the path.
     """
     path = Path(path)
@@ -196,9 +179,10 @@ def open_weights(path: Path, role: str) -> tuple[ModelSpec, TensorSource]:
             f"{path} is neither a Hugging Face directory (no config.json) nor a megarl checkpoint ({manifests.MANIFEST}), and holds no"
             " finished checkpoint of a run (checkpoints/step-*)"
         )
+    table = spec.table("actor" if role == "actor" else "critic")
     if not has_head:
-        source = RandomScoreSource(source, spec.hidden_size)
-    check_shapes(path, spec.table("actor" if role == "actor" else "critic").hf_shapes, source)
+        source = WithNewTensors(source, RandomSource(table, HEAD_SEED), [SCALAR_HEAD])
+    check_shapes(path, table.hf_shapes, source)
     return spec, source
 
 
@@ -225,14 +209,14 @@ def find_model(directory: Path, role: str) -> Path:
 def _open_checkpoint(checkpoint: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
     directory = find_model(checkpoint, role)
     source = CheckpointSource(checkpoint, directory.name)
-    return read_spec(directory), source, role == "actor" or source.manifest.models[directory.name].role == "critic"
+    return read_spec(directory), source, role == "actor" or manifests.ROLES[directory.name] == "critic"
 
 
 def _open_hugging_face(directory: Path, role: str) -> tuple[ModelSpec, TensorSource, bool]:
     spec, source = read_spec(directory), SafetensorsSource(directory)
-    has_score = SCORE in set(source.names())
+    has_score = SCALAR_HEAD in set(source.names())
     if role == "actor" and has_score:
-        raise CheckpointError(f"{directory} holds a reward model ({SCORE}); expected a language model for the actor")
+        raise CheckpointError(f"{directory} holds a reward model ({SCALAR_HEAD}); expected a language model for the actor")
     if role == "reward" and not has_score:
-        raise CheckpointError(f"{directory} holds no {SCORE}; expected a trained reward model")
+        raise CheckpointError(f"{directory} holds no {SCALAR_HEAD}; expected a trained reward model")
     return spec, source, role == "actor" or has_score

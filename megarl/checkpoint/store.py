@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 from megarl.checkpoint import manifest as manifests
-from megarl.checkpoint.manifest import FORMAT, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
+from megarl.checkpoint.manifest import FORMAT, ROLES, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
 from megarl.checkpoint.publish import (
     NOT_WRITTEN,
     STAGING,
@@ -53,10 +53,9 @@ Result = TypeVar("Result")
 
 
 class Checkpointable(Protocol):
-    """What the store keeps of a trained model; the roles `Actor`, `Critic` and the trained `RewardModel` have it."""
+    """What the store keeps of a trained model: `Actor`, `Critic`, and the student of a lesson."""
 
     spec: ModelSpec
-    role: str  # "actor" or "critic": which weight table
     pieces: Sequence[Piece]
     learner: Learner
 
@@ -116,15 +115,15 @@ class Checkpoints:
     def _plan(self, checkpointables: Mapping[str, Checkpointable]) -> dict[str, PlannedFile]:
         """The files this rank writes, by path."""
         rank, plan = self.layout.rank, {}
-        for model, role in checkpointables.items():
-            owned = {_piece_key(piece): piece for piece in role.pieces if piece.is_owner}
+        for model, kept in checkpointables.items():
+            owned = {_piece_key(piece): piece for piece in kept.pieces if piece.is_owner}
             held = tuple(StoredTensor(key=key, name=p.hf_name, box=p.box, dtype=DTYPE_NAMES[p.view.dtype]) for key, p in owned.items())
             if owned:
                 file = stored("weights", NOT_WRITTEN, model=model, rank=rank, tensors=held)
                 plan[f"{model}/weights-{rank:05d}.safetensors"] = PlannedFile(file, {key: piece.view for key, piece in owned.items()})
             file = stored("optimizer", NOT_WRITTEN, model=model, rank=rank)
-            plan[f"{model}/optimizer-{rank:05d}.safetensors"] = PlannedFile(file, role.learner.optimizer_tensors())
-            plan[f"{model}/optimizer-{rank:05d}.json"] = PlannedFile(file, text=json.dumps(role.learner.optimizer_json()))
+            plan[f"{model}/optimizer-{rank:05d}.safetensors"] = PlannedFile(file, kept.learner.optimizer_tensors())
+            plan[f"{model}/optimizer-{rank:05d}.json"] = PlannedFile(file, text=json.dumps(kept.learner.optimizer_json()))
         plan[f"random-{rank:05d}.safetensors"] = PlannedFile(stored("random", NOT_WRITTEN, rank=rank), device.random_states())
         return plan
 
@@ -140,13 +139,13 @@ class Checkpoints:
     ) -> None:
         found = {path: StoredFile.model_validate(file) for path, file in files.items()}
         models = {}
-        for model, role in checkpointables.items():
-            shapes = role.spec.table(role.role).hf_shapes
+        for model, kept in checkpointables.items():
+            shapes = kept.spec.table(ROLES[model]).hf_shapes
             pieces = [(t.name, t.box) for file in found.values() if file.kind == "weights" and file.model == model for t in file.tensors]
             if faults := cover_faults(shapes, pieces):
                 raise AssertionError(f"the pieces of {model} do not make up the model: {'; '.join(faults[:5])}")
-            models[model] = StoredModel(role=role.role, shapes=shapes)
-            found |= write_config(staging, model, role.spec.hf_config)
+            models[model] = StoredModel(shapes=shapes)
+            found |= write_config(staging, model, kept.spec.hf_config)
         found |= write_tokenizer(staging, self.tokenizer)
         manifest = Manifest(
             format=FORMAT,
@@ -192,10 +191,10 @@ class Checkpoints:
         manifest = manifests.read_manifest(directory)
         self._check_same_run(directory, manifest, checkpointables)
         rank = self.layout.rank
-        for model, role in checkpointables.items():
-            load_pieces(role.pieces, CheckpointSource(directory, model))
+        for model, kept in checkpointables.items():
+            load_pieces(kept.pieces, CheckpointSource(directory, model))
             tensors, numbers = _read_own(directory, manifest.files_of("optimizer", model, rank))
-            role.learner.load_optimizer(tensors, numbers)
+            kept.learner.load_optimizer(tensors, numbers)
         device.restore_random_states(_read_own(directory, manifest.files_of("random", rank=rank))[0])
         return TrainState.from_json(manifest.state)
 
@@ -210,8 +209,8 @@ class Checkpoints:
                 f"{directory} was written by the layout {manifest.layout}; this run has {self._stored_layout()}: continue with the layout"
                 " that wrote it, or start a new output_dir from its weights (model path)"
             )
-        for model, role in checkpointables.items():
-            if differences := spec_differences(read_spec(directory / model), role.spec):
+        for model, kept in checkpointables.items():
+            if differences := spec_differences(read_spec(directory / model), kept.spec):
                 raise CheckpointError(f"{directory} holds another {model}: {differences}; choose another output_dir or that model's path")
 
     def _stored_layout(self) -> StoredLayout:

@@ -95,7 +95,7 @@ def make_checkpoint(directory, name="step-00000001"):
         course="sft",
         state=TrainState().to_json(),
         layout=StoredLayout(),
-        models={"actor": StoredModel(role="actor", shapes={"w": (2, 3)})},
+        models={"actor": StoredModel(shapes={"w": (2, 3)})},
         files={"a.txt": file},
         versions=versions(),
     )
@@ -142,7 +142,7 @@ def test_manifest_may_not_name_files_outside(tmp_path, name):
         read_manifest(directory)
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"surprise": 1}, {"models": {"actor": {"role": "judge", "shapes": {}}}}, {"files": 3}])
+@pytest.mark.parametrize("change", [{"format": 2}, {"surprise": 1}, {"models": {"judge": {"shapes": {}}}}, {"files": 3}])
 def test_malformed_manifests_are_refused(tmp_path, change):
     directory, _ = make_checkpoint(tmp_path)
     content = json.loads((directory / "manifest.json").read_text())
