@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import numpy
 import torch
+import torch.utils._device
 
 CPU = torch.device("cpu")
 
@@ -88,6 +89,8 @@ def prepare() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.type = _type_with_cuda_names(torch.Tensor.type)
+    # `with torch.device(...)` knows the factories by identity and looks them up once: it must see the originals, or it does nothing.
+    torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
