@@ -16,7 +16,7 @@ class RunLog:
 
     writers: tuple[MetricsWriter, ...] = ()
     samples: JsonLines | None = None
-    num_samples: int = 0  # samples kept a step
+    num_samples: int = 0  # samples of each kind kept a step
 
     @classmethod
     def open(
@@ -47,8 +47,8 @@ class RunLog:
         for writer in self._all():
             writer.start(step)
 
-    def write(self, step: int, metrics: Metrics, samples: Sequence[dict] = ()) -> None:
-        """Reduced metrics after `step` finished steps, and the first few samples as JSON objects. Nothing to say writes nothing."""
+    def write(self, step: int, metrics: Metrics, *samples: Sequence[dict]) -> None:
+        """Reduced metrics after `step` finished steps, and the first few of each kind of samples. Nothing to say writes nothing."""
         if not metrics or not self.writers:
             return
         values = metrics.values_by_name()
@@ -56,11 +56,12 @@ class RunLog:
             values["tokens_per_s"] = values["response/tokens"] / values["seconds/step"]
         for writer in self.writers:
             writer.write(step, values)
-        for sample in samples[: self.num_samples]:
-            self.samples.write(step, sample)
+        for kind in samples:
+            for sample in kind[: self.num_samples]:
+                self.samples.write(step, sample)
 
     def close(self) -> None:
-        """Flush and let go; also after a failure."""
+        """Flush and let go; also after a failure (`contextlib.closing`), or the terminal stays in its live state."""
         for writer in self._all():
             writer.close()
 

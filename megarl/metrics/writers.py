@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Protocol
 
@@ -86,13 +87,16 @@ class Wandb:
         except ImportError as error:
             raise SetupError(f"log.wandb_project is {project!r}, but wandb cannot be imported: install wandb or remove the key") from error
         self._wandb = wandb
-        self._arguments = {"project": project, "name": name, "dir": str(directory), "config": config, "id": name, "resume": "allow"}
+        self._arguments = {"project": project, "name": name, "dir": str(directory), "config": config, "resume": "allow"}
+        self._id_file = directory / "wandb_run_id"
         self._run = None
 
     def start(self, step: int) -> None:
-        """Continues the run of the same name; steps that are done again keep their first values there."""
+        """A resumed run continues its run there (by the id kept in the run's folder); steps done again keep their first values."""
+        if step == 0 or not self._id_file.exists():
+            self._id_file.write_text(secrets.token_hex(6) + "\n", encoding="utf-8")
         try:
-            self._run = self._wandb.init(**self._arguments)
+            self._run = self._wandb.init(**self._arguments, id=self._id_file.read_text(encoding="utf-8").strip())
         except self._wandb.Error as error:
             raise SetupError(f"wandb did not start: {error}; set WANDB_API_KEY, WANDB_MODE=offline, or remove log.wandb_project") from error
 

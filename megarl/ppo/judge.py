@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from megarl.data.batching import pack, padded_length
 from megarl.data.tokenizers import Tokenizer
-from megarl.errors import MegarlError
 from megarl.parallel import collectives, device, groups
 from megarl.parallel.layout import ParallelLayout
 from megarl.records import Completion, Prompt, RolloutBatch, Trajectory
@@ -29,13 +28,10 @@ class Judge:
         """
         samples = len(completions) // len(prompts)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        trajectories, error = [], None
-        try:
-            trajectories = self.rewards.judge(repeated, completions, self.tokenizer)
-        except MegarlError as failure:
-            error = failure
-        collectives.agree(error, groups.group(self.layout, "world"))
-        return trajectories
+        # A reward model communicates inside its replica only, and all ranks of a replica fail alike.
+        return collectives.together(
+            lambda: self.rewards.judge(repeated, completions, self.tokenizer), groups.group(self.layout, "world")
+        )
 
     def pack(self, trajectories: Sequence[Trajectory], num_prompts: int) -> RolloutBatch:
         """The padded batch on this rank's device. `num_prompts` of this data rank; every data rank has equally many samples."""
@@ -43,24 +39,18 @@ class Judge:
         lengths = collectives.gather_json(longest, groups.group(self.layout, "dp"))
         samples, first = len(trajectories) // num_prompts, self.layout.dp_rank * len(trajectories)
         sample_ids = range(first, first + len(trajectories))
-        batch, error = None, None
-        try:
-            batch = pack(
-                trajectories,
-                pad_id=self.tokenizer.pad_id,
-                length=padded_length(lengths, TOKENS_A_TENSOR_RANK * self.layout.tensor),
-                sample_ids=sample_ids,
-                group_ids=[sample_id // samples for sample_id in sample_ids],
-            )
-        except MegarlError as failure:
-            error = failure
-        collectives.agree(error, groups.group(self.layout, "world"))
+        length = padded_length(lengths, TOKENS_A_TENSOR_RANK * self.layout.tensor)
+        group_ids = [sample_id // samples for sample_id in sample_ids]
+        batch = collectives.together(
+            lambda: pack(trajectories, self.tokenizer.pad_id, length, sample_ids, group_ids), groups.group(self.layout, "world")
+        )
         return batch.to(device.device())
 
     def samples(self, trajectories: Sequence[Trajectory], count: int) -> list[dict]:
-        """The first `count` trajectories for people to read, as JSON objects."""
+        """The first `count` trajectories as JSON objects, for people to read."""
         return [
             {
+                "kind": "rollout",
                 "prompt": t.prompt.text,
                 "response": self.tokenizer.decode_response(t.completion.token_ids),
                 "answer": t.prompt.answer,

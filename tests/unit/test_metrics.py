@@ -1,5 +1,6 @@
 """Metrics add up under any cut, an experience is described correctly, writers keep one line a step across a resume."""
 
+import contextlib
 import io
 import json
 import math
@@ -157,14 +158,14 @@ def test_the_log_writes_metrics_samples_and_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = RunLog.open("ppo", tmp_path, LogConfig(tensorboard=True, samples=1), 2, PPO_HEADLINE, True, {})
-    log.start(0)
     metrics = Metrics({"reward/mean": Metric(1.0, 4), "response/tokens": Total(50.0), "seconds/step": Largest(2.0)})
-    log.write(1, metrics, [{"a": 1}, {"a": 2}])
-    log.write(2, Metrics())
-    log.close()
+    with contextlib.closing(log):
+        log.start(0)
+        log.write(1, metrics, [{"a": 1}, {"a": 2}], [{"b": 1}])
+        log.write(2, Metrics())
     expected = {"reward/mean": 0.25, "response/tokens": 50.0, "seconds/step": 2.0, "tokens_per_s": 25.0}
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, **expected}]
-    assert lines(tmp_path / "samples.jsonl") == [{"step": 1, "a": 1}]
+    assert lines(tmp_path / "samples.jsonl") == [{"step": 1, "a": 1}, {"step": 1, "b": 1}]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Scalars("reward/mean")[0].value == 0.25
@@ -172,9 +173,9 @@ def test_the_log_writes_metrics_samples_and_tensorboard(tmp_path):
 
 def test_ranks_that_do_not_write_leave_no_trace(tmp_path):
     log = RunLog.open("ppo", tmp_path, LogConfig(tensorboard=True), 2, PPO_HEADLINE, False, {})
-    log.start(0)
-    log.write(1, Metrics({"a": Metric(1.0)}), [{"a": 1}])
-    log.close()
+    with contextlib.closing(log):
+        log.start(0)
+        log.write(1, Metrics({"a": Metric(1.0)}), [{"a": 1}])
     assert not list(tmp_path.iterdir())
 
 

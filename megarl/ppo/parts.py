@@ -1,0 +1,205 @@
+"""What the loop is made of, and how a run's configuration becomes it. Every rank builds the same parts."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megarl.bridge.sync import WeightSync
+from megarl.checkpoint.sources import open_weights
+from megarl.checkpoint.store import Checkpointable, Checkpoints
+from megarl.config import ModelConfig, PpoRun
+from megarl.data.batching import pad_rows, padded_length
+from megarl.data.prompts import PromptSet
+from megarl.data.tokenizers import Tokenizer, load_tokenizer
+from megarl.metrics import RunLog
+from megarl.metrics.terminal import PPO_HEADLINE
+from megarl.models.family import read_spec
+from megarl.models.pieces import TensorSource
+from megarl.models.spec import ModelSpec
+from megarl.parallel import collectives, device, groups
+from megarl.parallel.layout import ParallelLayout, RolloutLayout
+from megarl.parallel.memory import Phases
+from megarl.ppo.evaluator import Evaluator, NoEvaluator
+from megarl.ppo.judge import TOKENS_A_TENSOR_RANK, Judge
+from megarl.ppo.kl import Estimator
+from megarl.ppo.roles import Actor, Critic, Reference, RewardModel
+from megarl.records import RolloutBatch, TokenBatch
+from megarl.rewards.exact import ExactAnswer
+from megarl.rewards.model import ModelScorer
+from megarl.rewards.scorer import Scorer, Term, WeightedSum, distinct_names
+from megarl.rollout.engine import Engine
+from megarl.rollout.vllm_engine import VllmEngine
+
+
+class KlSource(Protocol):
+    """Where the reference log-probabilities of a rollout come from. `estimator` None: nothing can be said about KL."""
+
+    estimator: Estimator | None
+
+    def logprobs(self, rollout: RolloutBatch, old_logprobs: Tensor) -> Tensor:
+        """f32[B, T] under the reference. Called by every rank."""
+
+
+@dataclass(frozen=True)
+class FrozenReference:
+    """A reference model beside the actor."""
+
+    model: Reference
+    estimator: Estimator
+
+    def logprobs(self, rollout: RolloutBatch, old_logprobs: Tensor) -> Tensor:
+        return self.model.logprobs(rollout)
+
+
+class NoReference:
+    """A run whose KL coefficient is 0 for good holds no reference: the policy stands in for it, and no KL is reported."""
+
+    estimator = None
+
+    def logprobs(self, rollout: RolloutBatch, old_logprobs: Tensor) -> Tensor:
+        return old_logprobs
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything `ppo.loop.train` uses. A part may be exchanged for another with the same methods."""
+
+    prompts: PromptSet
+    stop_token_ids: tuple[int, ...]
+    engine: Engine
+    memory: Phases
+    judge: Judge
+    actor: Actor
+    critic: Critic
+    reference: KlSource
+    weight_sync: WeightSync
+    evaluator: Evaluator | NoEvaluator
+    checkpoints: Checkpoints
+    log: RunLog
+
+    @property
+    def checkpointables(self) -> Mapping[str, Checkpointable]:
+        """The models that learn, by their name in checkpoints."""
+        return {"actor": self.actor, "critic": self.critic}
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """Scores of whole sequences by a reward model, for `rewards.model.ModelScorer`. Called by every rank of a replica."""
+
+    model: RewardModel
+    pad_id: int
+
+    def __call__(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        length = padded_length([len(row) for row in sequences], TOKENS_A_TENSOR_RANK * self.model.layout.tensor)
+        token_ids, lengths = pad_rows(sequences, self.pad_id, length)
+        return self.model.scores(TokenBatch(token_ids, lengths).to(device.device())).tolist()
+
+
+def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
+    """The parts of a run. Called by every rank after `groups.initialize`; a user's mistake on one rank is raised on all.
+
+    The sampler starts first, while the accelerator is empty, and gives its memory back before the models arrive.
+    """
+    together = partial(collectives.together, group=groups.group(layout, "world"))
+    tokenizer = together(lambda: load_tokenizer(run.tokenizer))
+    prompts, held_out = together(lambda: _read_prompts(run, tokenizer))
+    log = together(lambda: _open_log(run, layout))
+    _say_what_was_skipped(run, layout, prompts)
+    spec, source = together(lambda: _weights(run.actor, "actor"))
+    engine = _start_engine(run, layout, spec)
+    memory = Phases(engine)
+    actor = Actor(spec, run, layout, source)
+    reference = _build_reference(run, layout, actor)
+    critic = Critic(*_role_arguments(run, layout, run.critic, "critic"))
+    return Parts(
+        prompts=prompts,
+        stop_token_ids=(tokenizer.eos_id,),
+        engine=engine,
+        memory=memory,
+        judge=Judge(_build_rewards(run, layout, tokenizer), tokenizer, layout),
+        actor=actor,
+        critic=critic,
+        reference=reference,
+        weight_sync=WeightSync(engine, layout),
+        evaluator=_build_evaluator(run, layout, held_out, engine, memory, tokenizer),
+        checkpoints=Checkpoints("ppo", run, layout, tokenizer, run.ppo.total_steps),
+        log=log,
+    )
+
+
+def _weights(model: ModelConfig, role: str) -> tuple[ModelSpec, TensorSource | None]:
+    return (read_spec(model.path), None) if model.random_init else open_weights(model.path, role)
+
+
+def _role_arguments(run: PpoRun, layout: ParallelLayout, model: ModelConfig, role: str):
+    """(spec, run, layout, source) of a role. Every rank must call it."""
+    spec, source = collectives.together(lambda: _weights(model, role), groups.group(layout, "world"))
+    return spec, run, layout, source
+
+
+def _start_engine(run: PpoRun, layout: ParallelLayout, spec: ModelSpec) -> VllmEngine:
+    longest = run.data.max_prompt_tokens + run.rollout.max_response_tokens
+    engine = VllmEngine(spec, run.rollout, RolloutLayout(layout, run.rollout.tensor_parallel), run.precision, longest)
+    engine.sleep()
+    return engine
+
+
+def _build_reference(run: PpoRun, layout: ParallelLayout, actor: Actor) -> KlSource:
+    kl = run.ppo.kl
+    if run.reference is not None:
+        return FrozenReference(Reference(*_role_arguments(run, layout, run.reference, "actor")), kl.estimator)
+    if kl.coef == 0 and kl.target is None:
+        return NoReference()
+    reference = Reference(actor.spec, run, layout, None)
+    # The actor has its starting weights here: a checkpoint to resume from is read later.
+    start = {(piece.hf_name, piece.box): piece.view for piece in actor.pieces}
+    for piece in reference.pieces:
+        piece.view.detach().copy_(start[piece.hf_name, piece.box].detach())
+    return FrozenReference(reference, kl.estimator)
+
+
+def _build_rewards(run: PpoRun, layout: ParallelLayout, tokenizer: Tokenizer) -> WeightedSum:
+    def scorer(path: Path | None) -> Scorer:
+        if path is None:
+            return ExactAnswer()
+        spec, source = collectives.together(lambda: open_weights(path, "reward"), groups.group(layout, "world"))
+        return ModelScorer(SequenceScores(RewardModel(spec, run, layout, source), tokenizer.pad_id))
+
+    names = distinct_names([part.kind for part in run.rewards])
+    return WeightedSum(tuple(Term(name, part.weight, scorer(part.path)) for name, part in zip(names, run.rewards)))
+
+
+def _read_prompts(run: PpoRun, tokenizer: Tokenizer) -> tuple[PromptSet, PromptSet | None]:
+    """The prompts to train on and those held out, read with the same keys and limits."""
+    prompts = PromptSet(run.data, tokenizer, needs_answers=any(part.kind == "exact" for part in run.rewards))
+    if run.eval is None:
+        return prompts, None
+    return prompts, PromptSet(run.data.model_copy(update={"path": run.eval.path}), tokenizer, needs_answers=True)
+
+
+def _build_evaluator(
+    run: PpoRun, layout: ParallelLayout, held_out: PromptSet | None, engine: Engine, memory: Phases, tokenizer: Tokenizer
+) -> Evaluator | NoEvaluator:
+    if run.eval is None or held_out is None:
+        return NoEvaluator()
+    prompts = held_out.first(run.eval.num_prompts, layout)
+    return Evaluator(run.eval, run.rollout, prompts, engine, memory, tokenizer, layout, run.ppo.total_steps)
+
+
+def _open_log(run: PpoRun, layout: ParallelLayout) -> RunLog:
+    run_json = run.model_dump(mode="json")
+    return RunLog.open("ppo", run.output_dir, run.log, run.ppo.total_steps, PPO_HEADLINE, layout.rank == 0, run_json)
+
+
+def _say_what_was_skipped(run: PpoRun, layout: ParallelLayout, prompts: PromptSet) -> None:
+    changed = {"skipped": prompts.num_skipped, "cut on the left": prompts.num_truncated}
+    for what, count in changed.items():
+        if count and layout.rank == 0:
+            limit = run.data.max_prompt_tokens
+            print(f"megarl: warning: {run.data.path}: {count} prompts longer than data.max_prompt_tokens={limit} {what}", file=sys.stderr)
