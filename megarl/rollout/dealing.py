@@ -5,8 +5,9 @@ from dataclasses import astuple
 
 import torch
 
+from megarl.errors import RolloutError
 from megarl.parallel import device
-from megarl.parallel.collectives import Group, gather_json, gather_rows
+from megarl.parallel.collectives import Group, agree, gather_json, gather_rows
 from megarl.parallel.layout import RolloutLayout
 from megarl.records import Completion, RolloutRequest, Sampling
 
@@ -42,6 +43,10 @@ class Dealer:
     def hand(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
         """What this rank's replica samples: every n-th request, which spreads long and short ones. Equal on all its ranks."""
         return list(requests[self._turn :: len(self._replicas)])
+
+    def agree(self, fault: RolloutError | None) -> None:
+        """Raises on every rank of the group when the sampling of any of them failed."""
+        agree(fault, self._group)
 
     def collect(self, sampled: Sequence[Completion], requests: Sequence[RolloutRequest], policy_version: int) -> list[Completion]:
         """The completions of all replicas in the order of `requests`; `sampled` are those of this replica's hand."""

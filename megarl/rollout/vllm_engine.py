@@ -14,7 +14,7 @@ from torch import Tensor
 from megarl.bridge.plan import TargetBox
 from megarl.config import RolloutConfig
 from megarl.errors import ConfigError, RolloutError
-from megarl.models.family import ModelSpec
+from megarl.models.family import FAMILIES, ModelSpec
 from megarl.parallel import device, groups
 from megarl.parallel.collectives import broadcast_json, gather_json
 from megarl.parallel.layout import RolloutLayout
@@ -50,6 +50,7 @@ class VllmEngine:
                 f"prompt and response may have {max_len} tokens, the model holds {spec.max_positions}:"
                 " lower data.max_prompt_tokens or rollout.max_response_tokens"
             )
+        vllm_platform.check_head_dim(spec.head_dim)
         self.spec, self.layout, self.max_len = spec, layout, max_len
         self.policy_version: int | None = None
         self.has_sleep = device.is_cuda()
@@ -75,7 +76,8 @@ class VllmEngine:
         return llm
 
     def _write_config(self, folder: Path) -> None:
-        stated = {"tie_word_embeddings": self.spec.tied, "vocab_size": self.spec.vocab_size}
+        architecture = FAMILIES[self.spec.family].architectures[0]  # with a vocabulary head, whatever the directory was
+        stated = {"architectures": [architecture], "tie_word_embeddings": self.spec.tied, "vocab_size": self.spec.vocab_size}
         (folder / "config.json").write_text(json.dumps(self.spec.hf_config | stated))
 
     def _arguments(self, rollout: RolloutConfig, precision: str) -> dict:
@@ -118,10 +120,15 @@ class VllmEngine:
         everyone, own = self._dealer.gather(requests)
         check_requests(everyone, self.max_len)
         hand = self._dealer.hand(everyone)
-        with device.preserved_random_state():
-            sampled = self._sample(hand) if hand else []
-        # Checked before and after the exchange: a wrong length would shift everything behind it.
-        check_completions(hand, sampled, self.spec.vocab_size)
+        sampled: list[Completion] = []
+        fault = None
+        try:
+            with device.preserved_random_state():
+                sampled = self._sample(hand) if hand else []
+            check_completions(hand, sampled, self.spec.vocab_size)
+        except RolloutError as error:
+            fault = error
+        self._dealer.agree(fault)
         return self._dealer.collect(sampled, everyone, self.policy_version)[own]
 
     def _sample(self, requests: Sequence[RolloutRequest]) -> list[Completion]:

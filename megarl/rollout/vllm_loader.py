@@ -106,9 +106,7 @@ class _CopyRecorder(TorchDispatchMode):
         hf_name, full = self._sources.get(_storage(source), (None, None))
         if parameter is None or hf_name is None:
             what, where = hf_name or "a tensor it computed", parameter or "something that is no parameter"
-            raise WeightMapError(
-                f"vLLM's loader copies {what} {tuple(source.shape)} into {where} {tuple(target.shape)}; megarl follows only copies of slices"
-            )
+            raise WeightMapError(f"vLLM's loader copies {what} {tuple(source.shape)} into {where} {tuple(target.shape)}; expected a slice")
         self.sources_used.add(hf_name)
         if target.numel() == 0:
             return

@@ -8,7 +8,6 @@ environment variables (`launcher_environment`).
 
 import contextlib
 import glob
-import logging
 import os
 import secrets
 import socket
@@ -16,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
-from megarl.errors import SetupError
+from megarl.errors import ConfigError, SetupError
 from megarl.parallel import device
 
 SUPPORTED_VLLM = "0.32"
@@ -44,8 +43,7 @@ def import_vllm() -> ModuleType:
         os.environ.setdefault(name, value)
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE") == "":
         del os.environ["VLLM_CPU_KVCACHE_SPACE"]  # vLLM parses the empty string as a number
-    warnings.filterwarnings("ignore", category=SyntaxWarning)
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")
     try:
         import vllm
     except ImportError as error:
@@ -53,6 +51,17 @@ def import_vllm() -> ModuleType:
     if not vllm.__version__.startswith(f"{SUPPORTED_VLLM}."):
         raise SetupError(f"vLLM {vllm.__version__} is installed; expected {SUPPORTED_VLLM}.x: run launch/install.sh")
     return vllm
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raises `ConfigError` for a head width this host's attention cannot run; on a CPU vLLM would fail in the first forward pass."""
+    if device.is_cuda():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    widths = CPUAttentionBackend.get_supported_head_sizes()
+    if head_dim not in widths:
+        raise ConfigError(f"the model's head_dim is {head_dim}; on a CPU vLLM computes {', '.join(map(str, widths))}: change config.json")
 
 
 @contextlib.contextmanager

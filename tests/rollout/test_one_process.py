@@ -1,0 +1,107 @@
+"""The sampler in a world of one rank: no torchrun, weights from a directory, compared with vLLM's own loader and with transformers."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.rollout.tiny_models import FAMILIES, WholeModel, greedy_difference, save_tiny
+
+MAX_LEN = 64
+
+
+def fresh_engine_answers(folder: Path, precision: str, batches) -> list:
+    """(tokens, log-probs) of every request, batch by batch, from an engine that vLLM loads by itself."""
+    from vllm import LLM
+
+    from megarl.rollout.vllm_engine import _sampling_parameters
+
+    llm = LLM(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        distributed_executor_backend="external_launcher",
+        dtype={"bf16": "bfloat16", "fp32": "float32"}[precision],
+        logprobs_mode="processed_logprobs",
+        enforce_eager=True,
+        max_model_len=MAX_LEN,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=16 << 20,
+    )
+    KEPT.append(llm)  # its shutdown would destroy the default process group
+    answers = []
+    for requests in batches:
+        prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+        outputs = llm.generate(prompts, [_sampling_parameters(request) for request in requests], use_tqdm=False)
+        answers += [(tuple(out.outputs[0].token_ids), tuple(out.outputs[0].logprobs.logprobs)) for out in outputs]
+    return answers
+
+
+KEPT: list = []
+
+
+def assert_unchanged(before: dict) -> None:
+    from megarl.parallel import device
+
+    after = device.random_states()
+    changed = [name for name in before if not before[name].equal(after[name])]
+    assert not changed, f"the engine changed the random states {changed}"
+
+
+def check_family(rank: int, world_size: int, kind: str, precision: str, first: Path, second: Path) -> dict:
+    from megarl.bridge.sync import WeightSync
+    from megarl.config import ParallelConfig, RolloutConfig
+    from megarl.errors import RolloutError
+    from megarl.models.family import read_spec
+    from megarl.parallel import device, groups
+    from megarl.parallel.layout import RolloutLayout
+    from megarl.records import Prompt
+    from megarl.rollout.engine import make_greedy_requests, make_requests
+    from megarl.rollout.vllm_engine import VllmEngine
+
+    layout = groups.initialize(ParallelConfig(), seed=0)
+    rollout = RolloutConfig(prompts_per_step=4, samples_per_prompt=2, max_response_tokens=16, temperature=0.7, kv_cache_bytes=16 << 20)
+    before = device.random_states()
+    start = time.perf_counter()
+    engine = VllmEngine(read_spec(first), rollout, RolloutLayout(layout, 1), precision, MAX_LEN)
+    start_s = time.perf_counter() - start
+    assert_unchanged(before)
+    prompts = [Prompt(7, (5, 6, 7, 8)), Prompt(1, (100,)), Prompt(3, tuple(range(20, 50))), Prompt(9, (0, 199, 200))]
+    greedy = make_greedy_requests(prompts, rollout, stop_token_ids=())
+    sampled = make_requests(prompts, rollout, stop_token_ids=(), seed=(0, 3))
+    with pytest.raises(RolloutError, match="no weights yet"):
+        engine.generate(greedy)
+    sync = WeightSync(engine, layout)
+    report = {"start_s": start_s, "differences": []}
+    for version, folder in enumerate((first, second)):
+        pushed = sync.push(WholeModel.of(folder), version)
+        completions = engine.generate(greedy)
+        assert {completion.policy_version for completion in completions} == {version}
+        report["differences"].append(greedy_difference(folder, completions, greedy))
+        report["push_s"] = pushed.seconds
+    before = device.random_states()
+    answers = engine.generate(sampled)
+    assert_unchanged(before)
+    ours = [(completion.token_ids, completion.rollout_logprobs) for completion in [*answers, *engine.generate(greedy)]]
+    report["bit_identical"] = ours == fresh_engine_answers(second, precision, [sampled, greedy])
+    report["alone"] = [engine.generate([request])[0].token_ids for request in sampled] == [answer.token_ids for answer in answers]
+    report["repeats"] = engine.generate(sampled) == answers
+    report["varied"] = len({answer.token_ids for answer in answers})
+    with pytest.raises(RolloutError, match="prompt 5 has 60 tokens"):
+        engine.generate(make_greedy_requests([Prompt(5, (1,) * 60)], rollout, ()))
+    stopped = engine.generate(make_greedy_requests(prompts[:1], rollout, stop_token_ids=(answers[0].token_ids[2], ours[8][0][3])))[0]
+    report["stopped"] = (stopped.finish_reason, len(stopped.token_ids) <= 4)
+    assert engine.generate([]) == []
+    return report
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(kind, "fp32") for kind in FAMILIES] + [("qwen2", "bf16")])
+def test_a_pushed_engine_equals_a_freshly_loaded_one(kind, precision, tmp_path):
+    folders = [save_tiny(kind, seed, tmp_path) for seed in (0, 1)]
+    (report,) = run_ranks(check_family, 1, kind, precision, *folders)
+    print(kind, precision, report)
+    assert report["bit_identical"] and report["alone"] and report["repeats"] and report["varied"] == 8
+    assert report["stopped"] == ("stop", True)
+    if precision == "fp32":  # bf16 rounds differently in the two libraries, whatever the weights
+        assert all(worst < 1e-4 and agreement == 1.0 for worst, agreement in report["differences"])
