@@ -15,7 +15,7 @@ from megarl.errors import CheckpointError, WeightMapError
 from megarl.models.decoder_table import SCALAR_HEAD
 from megarl.models.family import ModelSpec, read_spec
 from megarl.models.pieces import TensorSource
-from megarl.models.random_weights import RandomSource, WithNewTensors
+from megarl.models.random_weights import RandomSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -159,6 +159,22 @@ class CheckpointSource:
         return self._files[path]
 
 
+class WithNewHead:
+    """A language model's tensors and a scalar head drawn from `drawn`: how a critic or a reward model starts from one."""
+
+    def __init__(self, source: TensorSource, drawn: RandomSource):
+        self._source, self._drawn = source, drawn
+
+    def names(self) -> Iterable[str]:
+        return [*self._source.names(), SCALAR_HEAD]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (self._drawn if name == SCALAR_HEAD else self._source).shape(name)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        return (self._drawn if name == SCALAR_HEAD else self._source).read(name, box)
+
+
 def open_weights(path: Path, role: str) -> tuple[ModelSpec, TensorSource]:
     """The model at `path`, to start a model of `role` from.
 
@@ -181,7 +197,7 @@ def open_weights(path: Path, role: str) -> tuple[ModelSpec, TensorSource]:
         )
     table = spec.table("actor" if role == "actor" else "critic")
     if not has_head:
-        source = WithNewTensors(source, RandomSource(table, HEAD_SEED), [SCALAR_HEAD])
+        source = WithNewHead(source, RandomSource(table, HEAD_SEED))
     check_shapes(path, table.hf_shapes, source)
     return spec, source
 
