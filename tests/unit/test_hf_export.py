@@ -53,14 +53,14 @@ def tensors_in(directory):
 @pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("qwen3", False)])
 def test_import_and_export_keep_every_bit(tmp_path, tokenizer_model, family, tied):
     save_hf(tmp_path / "hf", tokenizer_model, family, tied, shard="20KB", dtype=torch.bfloat16)
-    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "out", max_shard_bytes=15_000)
     before, after = tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]) for name in before)
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), torch.arange(12)[None]
