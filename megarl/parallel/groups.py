@@ -47,6 +47,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         distributed_timeout_minutes=parallel.timeout_s / 60,
+        create_gloo_process_groups=False,  # the default backend carries CPU tensors already
     )
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
