@@ -38,7 +38,7 @@ class _Place:
 class Endpoint:
     """The writing side of one rank's vLLM model that was loaded with load format `megarl`.
 
-    A sync calls `target` for the tensors to fill, `commit` as parameters become complete, and `finish` at the end.
+    A sync calls `begin`, `target` for the tensors to fill, `commit` as parameters become complete, and `finish` at the end.
     Raises `WeightMapError` when the model holds a layer whose processed weights cannot be written.
     """
 
@@ -71,6 +71,11 @@ class Endpoint:
                 f" {canonical.shape}; megarl does not know how to update it on {current_platform.device_name}"
             )
         return _Place(module, attribute, canonical, live.data_ptr() if in_place else None)
+
+    def begin(self) -> None:
+        """The first call of a sync: forget what an interrupted one left behind."""
+        self._staged.clear()
+        self._waiting.clear()
 
     def target(self, parameter: str) -> Tensor:
         """The tensor to copy slices of `parameter` into: the live parameter, or a staging tensor of its layout (padding is zero)."""

@@ -168,6 +168,7 @@ class VllmEngine:
         """From here to `end_update` the weights are a mixture; generating is refused."""
         self.wake("weights")
         self.policy_version = None
+        self._endpoint.begin()
 
     def target(self, parameter: str) -> Tensor:
         """The tensor to fill with `parameter`."""
