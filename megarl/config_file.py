@@ -63,9 +63,9 @@ class Draft:
 
     def where(self, key: str) -> str:
         """`file:line` of a dotted name or of the nearest section that was written, `command line` for an override."""
+        if any(f"{key}.".startswith(f"{name}.") for name in self.overridden):
+            return "command line"
         while key:
-            if key in self.overridden:
-                return "command line"
             if key in self.lines:
                 return f"{self.source}:{self.lines[key]}"
             key = key.rpartition(".")[0]
@@ -104,7 +104,9 @@ def draft_run(kind: str, path: Path | str, overrides: Sequence[str] = ()) -> Dra
         run = _validate(run_type, tree)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        faults += [_fault(run_type, item) for item in errors]
+        broken = [name for _, text in document.faults if (name := text.partition(":")[0])]
+        found = [fault for item in errors for fault in _faults(run_type, item)]
+        faults += [fault for fault in found if not fault.touches(broken)]
         run = _repaired(run_type, tree, errors)
     return Draft(source, run, tuple(faults), lines, tuple(overridden))
 
@@ -162,6 +164,14 @@ def _index(items: list, part: str, name: str) -> int:
     if not part.isdecimal() or int(part) > len(items):
         raise ConfigError(f"{name}: the list has {len(items)} entries; expected an index from 0 to {len(items)}, found {part}")
     return int(part)
+
+
+def _faults(run_type: type[Run], item: dict[str, Any]) -> list[Fault]:
+    name = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden" and isinstance(item["input"], dict) and item["input"] and not nearest(run_type, name):
+        # a section of another command: its keys may have a home here
+        return [_fault(run_type, item | {"loc": (*item["loc"], key), "input": value}) for key, value in item["input"].items()]
+    return [_fault(run_type, item)]
 
 
 def _fault(run_type: type[Run], item: dict[str, Any]) -> Fault:

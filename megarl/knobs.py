@@ -73,7 +73,8 @@ def nearest(run_type: type[Run], name: str) -> list[str]:
             continue
         alike = difflib.SequenceMatcher(None, last, known_last).ratio()
         whole = difflib.SequenceMatcher(None, generic(name), known).ratio()
-        scores[known] = max(alike + (0.1 if parent == known_parent else 0.0), whole if alike > 0.4 else 0.0)
+        closeness = 0.1 if parent == known_parent else 0.05 if parent and known_parent.startswith(f"{parent}.") else 0.0
+        scores[known] = max(alike + closeness, whole if alike > 0.4 else 0.0)
     best = max(scores.values())
     found = [known for known, score in scores.items() if score >= best - 1e-9] if best >= _NEAR else []
     indexes = [part for part in name.split(".") if part.isdecimal()]

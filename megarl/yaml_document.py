@@ -14,6 +14,8 @@ import yaml
 
 from megarl.errors import ConfigError
 
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2's core schema (and `_` between digits)."""
@@ -129,6 +131,9 @@ def _value(loader: _Loader, node: yaml.Node, name: str, ancestors: tuple[yaml.No
         return None
     inside = (*ancestors, node)
     prefix = f"{name}." if name else ""
+    if node.tag not in _TAGS:
+        document.faults.append((line, f"{name}: found the tag {node.tag}; expected a plain value"))
+        return None
     if isinstance(node, yaml.SequenceNode):
         items = []
         for index, item in enumerate(node.value):
@@ -148,11 +153,11 @@ def _value(loader: _Loader, node: yaml.Node, name: str, ancestors: tuple[yaml.No
             document.lines[f"{prefix}{key}"] = key_node.start_mark.line + 1
             tree[key] = _value(loader, value_node, f"{prefix}{key}", inside, document)
         return tree
-    value = loader.construct_object(node)
-    if value is not None and not isinstance(value, (bool, int, float, str)):
-        document.faults.append((line, f"{name}: found the tag {node.tag}; expected a number, text, true, false or null"))
+    try:
+        return loader.construct_object(node)
+    except (ValueError, KeyError):  # an explicit tag on a scalar that is something else, as in !!int text
+        document.faults.append((line, f"{name}: found {describe(node.value)} with the tag {node.tag}; expected a value of that kind"))
         return None
-    return value
 
 
 def _note_duplicates(node: yaml.MappingNode, prefix: str, document: Document) -> None:

@@ -1,0 +1,360 @@
+# ruff: noqa: E501 (expected lines stand as they are printed)
+"""A corpus of wrong configurations: each gives exactly these lines, all at once, exit code 2, no traceback, and nothing is started."""
+
+import json
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from megarl import cli
+from tests.unit.tiny_run import PPO, SFT, write_run, write_shape, write_tokenizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """`old` -> `new` in the YAML, overrides and flags of the command line, and the lines they earn (`run.yaml` and root left out)."""
+
+    name: str
+    expected: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    change: tuple[str, str] = ("", "")
+    kind: str = "ppo"
+    flags: tuple[str, ...] = ("--check",)
+
+
+HERE = "command line: "
+CASES = [
+    Case(
+        "misspelt key",
+        ("ROOT/run.yaml:4: parallel.tensr: unknown key; did you mean parallel.tensor?",),
+        change=("tensor: 2\n  p", "tensr: 2\n  p"),
+    ),
+    Case(
+        "key of another section", (HERE + "microbatch_size: unknown key; did you mean parallel.microbatch_size?",), ("microbatch_size=3",)
+    ),
+    Case("key of another command", (HERE + "train.total_steps: unknown key; did you mean ppo.total_steps?",), ("train.total_steps=3",)),
+    Case("two knobs equally near", (HERE + "lr: unknown key; did you mean actor.optimizer.lr or critic.optimizer.lr?",), ("lr=1e-3",)),
+    Case(
+        "nothing near",
+        (
+            HERE
+            + "parallel.zzzz: unknown key; expected one of tensor, pipeline, sequence, microbatch_size, recompute, distributed_optimizer,"
+            " logits_bytes, timeout_s",
+        ),
+        ("parallel.zzzz=1",),
+    ),
+    Case(
+        "dots in YAML",
+        (
+            "ROOT/run.yaml:3: parallel.recompute: a dotted name is for the command line; expected `recompute:` inside the section `parallel:`",
+        ),
+        change=("\nparallel:", "\nparallel.recompute: full\nparallel:"),
+    ),
+    Case(
+        "written twice",
+        ("ROOT/run.yaml:5: parallel.tensor: written twice, first on line 4; expected one value",),
+        change=("tensor: 2\n  p", "tensor: 4\n  tensor: 2\n  p"),
+    ),
+    Case("text for a number", (HERE + "parallel.tensor: found 'two'; expected a whole number",), ("parallel.tensor=two",)),
+    Case("quoted number", (HERE + "seed: found '1'; expected a whole number",), ("seed='1'",)),
+    Case("a part of a rank", (HERE + "parallel.tensor: found 1.5; expected a whole number",), ("parallel.tensor=1.5",)),
+    Case("truth for a number", (HERE + "seed: found true; expected a whole number",), ("seed=true",)),
+    Case("number for truth", (HERE + "ppo.whiten: found 1; expected true or false",), ("ppo.whiten=1",)),
+    Case("yes is text", (HERE + "ppo.whiten: found 'yes'; expected true or false",), ("ppo.whiten=yes",)),
+    Case("below the bound", (HERE + "parallel.pipeline: found 0; expected at least 1",), ("parallel.pipeline=0",)),
+    Case("above the bound", (HERE + "ppo.gamma: found 1.5; expected at most 1",), ("ppo.gamma=1.5",)),
+    Case("open bound", (HERE + "actor.optimizer.beta2: found 1.0; expected less than 1",), ("actor.optimizer.beta2=1.0",)),
+    Case("learning rate of nothing", (HERE + "actor.optimizer.lr: found 0; expected more than 0",), ("actor.optimizer.lr=0",)),
+    Case("not finite", (HERE + "actor.optimizer.lr: found inf; expected a finite number",), ("actor.optimizer.lr=.inf",)),
+    Case("not a number", (HERE + "ppo.kl.coef: found nan; expected a finite number",), ("ppo.kl.coef=.nan",)),
+    Case("not a choice", (HERE + "precision: found 'fp16'; expected one of 'bf16' or 'fp32'",), ("precision=fp16",)),
+    Case("empty path", (HERE + "tokenizer: found ''; expected a path that is not empty",), ("tokenizer=''",)),
+    Case(
+        "nobody's home",
+        (HERE + "tokenizer: found '~nobody-of-that-name/x'; expected a path whose ~ names a user of this machine",),
+        ("tokenizer=~nobody-of-that-name/x",),
+    ),
+    Case(
+        "scalar for a section",
+        (HERE + "actor: found 3; expected a section with the keys path, shape, random_init, optimizer",),
+        ("actor=3",),
+    ),
+    Case("section for a scalar", (HERE + "seed: found a section with the keys a; expected a whole number",), ("seed={a: 1}",)),
+    Case("scalar for a list", (HERE + "rewards: found 'exact'; expected a list",), ("rewards=exact",)),
+    Case(
+        "null for a section",
+        (
+            HERE + "parallel: found nothing; expected a section with the keys tensor, pipeline, sequence, microbatch_size,"
+            " recompute, distributed_optimizer, logits_bytes, timeout_s",
+        ),
+        ("parallel=null",),
+    ),
+    Case(
+        "missing section",
+        (
+            "ROOT/run.yaml: data: missing; expected a section with the keys path, max_prompt_tokens, overlong, prompt_key, answer_key, chat_template",
+        ),
+        change=("data:\n  path: {root}/prompts.jsonl\n  max_prompt_tokens: 16\n", ""),
+    ),
+    Case("missing key", ("ROOT/run.yaml:23: ppo.total_steps: missing; expected a whole number",), change=("  total_steps: 3\n", "")),
+    Case("override without a value", (HERE + "found 'seed'; expected key=value, such as parallel.tensor=2",), ("seed",)),
+    Case(
+        "override of a wrong list entry",
+        (HERE + "rewards.7: the list has 1 entries; expected an index from 0 to 1, found 7",),
+        ("rewards.7.weight=1",),
+    ),
+    Case("override through a scalar", (HERE + "seed.x: seed is 3; expected a section or a list there",), ("seed=3", "seed.x=1")),
+    Case("override that is not YAML", (HERE + "seed: not valid YAML: expected ',' or ']', but got '<stream end>'",), ("seed=[1",)),
+    Case(
+        "anchor in itself",
+        ("ROOT/run.yaml:3: log.samples: an anchor that contains itself; expected a tree of values",),
+        change=("\nparallel:", "\nlog: &a {{samples: *a}}\nparallel:"),
+    ),
+    Case(
+        "tensor does not divide heads",
+        (
+            HERE + "parallel.tensor: found 3; expected a divisor of the 4 attention heads of actor: 1, 2, 4",
+            HERE + "parallel.tensor: found 3; expected a divisor of the 64 channels of actor: 1, 2, 4, 8, 16, 32, 64",
+            HERE + "parallel.tensor: found 3; expected a divisor or a multiple of the 2 key-value heads of actor",
+            HERE + "parallel.tensor: found 3; expected a divisor of the 4 attention heads of critic: 1, 2, 4",
+            HERE + "parallel.tensor: found 3; expected a divisor of the 64 channels of critic: 1, 2, 4, 8, 16, 32, 64",
+            HERE + "parallel.tensor: found 3; expected a divisor or a multiple of the 2 key-value heads of critic",
+        ),
+        ("parallel.tensor=3",),
+    ),
+    Case(
+        "more stages than layers",
+        (
+            HERE + "parallel.pipeline: found 5; expected at most the 4 layers of actor",
+            HERE + "parallel.pipeline: found 5; expected at most the 4 layers of critic",
+        ),
+        ("parallel.pipeline=5",),
+    ),
+    Case(
+        "layout x world size",
+        (
+            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 6 ranks: change parallel.tensor or"
+            " parallel.pipeline, or the number of ranks",
+        ),
+        flags=("--check", "--world", "6"),
+    ),
+    Case(
+        "cluster too small",
+        (
+            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 2 ranks: change parallel.tensor or"
+            " parallel.pipeline, or the number of ranks",
+        ),
+        ("cluster={nodes: 1, ranks_per_node: 2}",),
+    ),
+    Case(
+        "generation TP against the world",
+        ("ROOT/run.yaml:19: rollout.tensor_parallel: found 2; expected a divisor of the world of 1 ranks: 1",),
+        ("parallel={microbatch_size: 4}",),
+        flags=("--check", "--world", "1"),
+    ),
+    Case(
+        "generation TP against the heads",
+        (HERE + "rollout.tensor_parallel: found 8; expected a divisor of the 4 attention heads of actor: 1, 2, 4",),
+        ("rollout.tensor_parallel=8",),
+    ),
+    Case(
+        "sequence parallel alone",
+        (HERE + "parallel.sequence: found true with parallel.tensor 1; expected false, or parallel.tensor of at least 2",),
+        ("parallel={sequence: true, microbatch_size: 4}",),
+    ),
+    Case(
+        "minibatches do not make up the rollout",
+        (
+            HERE + "ppo.minibatch_size: found 12; expected a divisor of the 32 sequences a step (rollout.prompts_per_step 8 x"
+            " rollout.samples_per_prompt 4): 1, 2, 4, 8, 16, 32",
+        ),
+        ("ppo.minibatch_size=12",),
+    ),
+    Case(
+        "prompts over replicas",
+        (
+            "ROOT/run.yaml:20: rollout.prompts_per_step: found 8; expected a multiple of the 3 data-parallel replicas: the nearest are 6 or 9",
+            "ROOT/run.yaml:25: ppo.minibatch_size: found 16; expected a multiple of the 3 data-parallel replicas: the nearest are 15 or 18",
+        ),
+        flags=("--check", "--world", "12"),
+    ),
+    Case(
+        "microbatch larger than its share",
+        (
+            HERE
+            + "parallel.microbatch_size: found 16; expected a divisor of the 8 sequences that a data-parallel replica has of ppo.minibatch_size"
+            " (16 / 2 replicas): 1, 2, 4, 8",
+        ),
+        ("parallel.microbatch_size=16",),
+        flags=("--check", "--world", "8"),
+    ),
+    Case(
+        "longer than the positions",
+        (
+            HERE + "data.max_prompt_tokens 16 + rollout.max_response_tokens 49 = 65 tokens; expected at most the 64 positions of actor",
+            HERE + "data.max_prompt_tokens 16 + rollout.max_response_tokens 49 = 65 tokens; expected at most the 64 positions of critic",
+        ),
+        ("rollout.max_response_tokens=49",),
+    ),
+    Case("no reward", (HERE + "rewards: found an empty list; expected at least one part, such as {kind: exact}",), ("rewards=[]",)),
+    Case(
+        "reward without weight",
+        ("ROOT/run.yaml:13: rewards: every weight is 0; expected at least one part that counts",),
+        ("rewards.0.weight=0",),
+    ),
+    Case(
+        "reward model without a path",
+        (HERE + "rewards.0.path: missing; expected the path of a reward model for kind model",),
+        ("rewards=[{kind: model}]",),
+    ),
+    Case(
+        "verifier with a path",
+        (HERE + "rewards.0.path: found 'x' with kind exact; expected no path, or kind: model",),
+        ("rewards.0.path=x",),
+    ),
+    Case(
+        "vocabularies of two tokenizers",
+        (
+            HERE + "critic.path: a vocabulary of 128; expected the actor's 120: all models of a run read the same token ids, so critic must"
+            " come from a model with the same tokenizer",
+        ),
+        ("critic.path=ROOT/wide",),
+    ),
+    Case(
+        "tokenizer larger than the model",
+        (
+            HERE
+            + "tokenizer: ROOT/wide has 130 tokens but actor has a vocabulary of 120; expected the tokenizer that actor was trained with",
+            HERE
+            + "tokenizer: ROOT/wide has 130 tokens but critic has a vocabulary of 120; expected the tokenizer that critic was trained with",
+        ),
+        ("tokenizer=ROOT/wide",),
+    ),
+    Case(
+        "another model than its shape",
+        (
+            "ROOT/run.yaml:8: actor.path: ROOT/actor is another model than actor.shape ROOT/wide says: vocab_size 120 instead of 128; expected the same shape",
+        ),
+        ("actor.shape=ROOT/wide",),
+    ),
+    Case(
+        "config.json is not JSON",
+        (HERE + "actor.path: ROOT/broken/config.json is not JSON: Expecting value: line 1 column 1 (char 0)",),
+        ("actor.path=ROOT/broken",),
+    ),
+    Case(
+        "output in a file",
+        (HERE + "output_dir: ROOT/run.yaml is a file; expected a directory or nothing there yet",),
+        ("output_dir=ROOT/run.yaml",),
+    ),
+    Case(
+        "evaluation of a lesson without data",
+        (HERE + "train.eval_every_steps: found 5 without data.eval_path; expected both or 0",),
+        ("train.eval_every_steps=5",),
+        kind="sft",
+    ),
+    Case(
+        "batch of a lesson",
+        ("ROOT/run.yaml:13: train.batch_size: found 16; expected a multiple of the 3 data-parallel replicas: the nearest are 15 or 18",),
+        kind="reward",
+        flags=("--check", "--world", "3"),
+    ),
+    Case(
+        "lesson longer than the positions",
+        (HERE + "data.max_tokens: found 65; expected at most the 64 positions of model",),
+        ("data.max_tokens=65",),
+        kind="reward",
+    ),
+    Case(
+        "everything at once",
+        (
+            HERE + "found 'seed'; expected key=value, such as parallel.tensor=2",
+            HERE + "ppo.lam: found 'high'; expected a number",
+            HERE + "ppo.minibatchsize: unknown key; did you mean ppo.minibatch_size?",
+            HERE + "parallel.tensor: found 8; expected a divisor of the 4 attention heads of actor: 1, 2, 4",
+            HERE + "parallel.tensor: found 8; expected a divisor of the 4 attention heads of critic: 1, 2, 4",
+            "ROOT/run.yaml:22: data.max_prompt_tokens 999 + rollout.max_response_tokens 16 = 1015 tokens; expected at most the 64 positions of actor",
+            "ROOT/run.yaml:22: data.max_prompt_tokens 999 + rollout.max_response_tokens 16 = 1015 tokens; expected at most the 64 positions of critic",
+            HERE + "output_dir: ROOT/run.yaml is a file; expected a directory or nothing there yet",
+        ),
+        ("seed", "ppo.lam=high", "ppo.minibatchsize=7", "parallel.tensor=8", "data.max_prompt_tokens=999", "output_dir=ROOT/run.yaml"),
+    ),
+    Case(
+        "a start without its files",
+        (HERE + "tokenizer: nowhere does not exist; expected a sentencepiece .model file or a Hugging Face directory",),
+        ("tokenizer=nowhere", "parallel={microbatch_size: 4}", "rollout.tensor_parallel=1"),
+        flags=(),
+    ),
+    Case(
+        "a start on another cluster",
+        (
+            HERE + "cluster: 2 nodes x 8 ranks_per_node = 16 ranks, but this run was started on 1: start 16 ranks, change cluster.nodes and"
+            " cluster.ranks_per_node, or set cluster=null",
+        ),
+        ("cluster={nodes: 2, ranks_per_node: 8}", "parallel={microbatch_size: 4}", "rollout.tensor_parallel=1"),
+        flags=(),
+    ),
+    Case(
+        "a start without weights",
+        ("ROOT/run.yaml:8: actor.path: ROOT/actor holds no *.safetensors; expected weights, or actor.random_init: true",),
+        ("actor.random_init=false", "parallel={microbatch_size: 4}", "rollout.tensor_parallel=1"),
+        flags=(),
+    ),
+    Case(
+        "a start without the package",
+        (HERE + "log.wandb_project: needs the package wandb, which is not installed here; run pip install wandb",),
+        ("log.wandb_project=x", "parallel={microbatch_size: 4}", "rollout.tensor_parallel=1"),
+        flags=(),
+    ),
+    Case("a world without a check", ("--world is for --check; a run has as many ranks as were started",), flags=("--world", "4")),
+    Case(
+        "the file missing",
+        ("ROOT/other.yaml: no such file; expected the YAML file of a run, such as one in configs/",),
+        change=("FILE", "other.yaml"),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_wrong_configuration_is_refused(tmp_path, monkeypatch, capsys, case):
+    text = {"ppo": PPO, "sft": SFT, "reward": SFT}[case.kind]
+    assert case.change[0] in text or case.change[0] == "FILE"
+    path = write_run(tmp_path, text.replace(*case.change))
+    write_shape(tmp_path / "wide", vocab_size=128)
+    write_tokenizer(tmp_path / "wide", 130)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("not JSON")
+    if case.change[0] == "FILE":
+        path = tmp_path / case.change[1]
+    if "wandb_project" in "".join(case.overrides):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        monkeypatch.setattr("megarl.run_files.find_spec", lambda name: None)
+    loaded = set(sys.modules)
+    code = cli.run([case.kind, str(path), *(word.replace("ROOT", str(tmp_path)) for word in case.overrides), *case.flags])
+    output = capsys.readouterr()
+    lines = [line.replace(str(tmp_path), "ROOT") for line in output.err.splitlines()]
+    assert lines == [f"megarl: error: {line}" for line in case.expected]
+    assert code == 2
+    assert output.out == ""
+    assert not {name for name in set(sys.modules) - loaded if name.split(".")[0] in ("torch", "megatron", "vllm")}
+
+
+def test_the_corpus_is_large_enough():
+    assert len(CASES) >= 30 and len({case.name for case in CASES}) == len(CASES)
+
+
+def test_the_base_runs_are_right(tmp_path, capsys):
+    """What the corpus spoils is otherwise whole: no case passes for another reason than its own."""
+    for kind, text in (("ppo", PPO), ("sft", SFT), ("reward", SFT)):
+        assert cli.run([kind, str(write_run(tmp_path / kind, text)), "--check"]) == 0
+        output = capsys.readouterr()
+        assert output.err == "" and "warning" not in output.out
+
+
+def test_a_path_and_its_shape_may_differ_in_what_is_no_shape(tmp_path, capsys):
+    path = write_run(tmp_path)
+    write_shape(tmp_path / "longer", max_position_embeddings=4096, torch_dtype="bfloat16")
+    assert cli.run(["ppo", str(path), f"actor.shape={tmp_path / 'longer'}", "--check"]) == 0
+    config = json.loads((tmp_path / "actor" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 64, capsys.readouterr()
