@@ -136,17 +136,17 @@ def _ppo(inspection: Inspection) -> None:
 
 
 def _sft(inspection: Inspection) -> None:
-    _start(inspection)
+    layout = _start(inspection)
     from megarl.course.sft import train_sft
 
-    train_sft(inspection.run)
+    train_sft(inspection.run, layout)
 
 
 def _reward(inspection: Inspection) -> None:
-    _start(inspection)
+    layout = _start(inspection)
     from megarl.course.reward_model import train_reward
 
-    train_reward(inspection.run)
+    train_reward(inspection.run, layout)
 
 
 # ---------------------------------------------------------------- files

@@ -11,9 +11,10 @@ from megarl.bridge.plan import Box, intersect, num_elements, within
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import Manifest, StoredTensor
 from megarl.checkpoint.sharded import DTYPES, whole
+from megarl.config import ModelConfig
 from megarl.errors import CheckpointError, WeightMapError
 from megarl.models.decoder_table import SCALAR_HEAD
-from megarl.models.family import ModelSpec, read_spec
+from megarl.models.family import ModelSpec, Role, read_spec
 from megarl.models.pieces import TensorSource
 from megarl.models.random_weights import RandomSource
 
@@ -200,6 +201,14 @@ def open_weights(path: Path, role: str) -> tuple[ModelSpec, TensorSource]:
         source = WithNewHead(source, RandomSource(table, HEAD_SEED))
     check_shapes(path, table.hf_shapes, source)
     return spec, source
+
+
+def open_start(model: ModelConfig, role: Role, seed: int) -> tuple[ModelSpec, TensorSource]:
+    """What a model of a run starts from: the weights at its path, or random ones of the same shape. Raises as `open_weights` does."""
+    if not model.random_init:
+        return open_weights(model.path, role)
+    spec = read_spec(model.path)
+    return spec, RandomSource(spec.table(role), seed)
 
 
 def check_shapes(path: Path, shapes: dict[str, tuple[int, ...]], source: TensorSource) -> None:
