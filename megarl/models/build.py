@@ -26,6 +26,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.layers import (  # noqa: E402
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
@@ -83,10 +89,23 @@ def build_model(spec: ModelSpec, role: Role, parallel: ParallelConfig, precision
     check_layout(spec, parallel.tensor, parallel.pipeline, parallel.sequence)
     config = transformer_config(spec, parallel, precision)
     chunk = DecoderChunk(spec, role, config, _layer_specs(spec, config, layout), layout).to(device.device())
+    _mark_split_parameters(chunk)
     with torch.no_grad():
         for parameter in chunk.parameters():
             parameter.zero_()
     return [chunk]
+
+
+def _mark_split_parameters(chunk: torch.nn.Module) -> None:
+    """Says which weights are split over tensor-parallel ranks, what Megatron does only where it initialises them.
+
+    Without the mark a weight counts as a copy of the first rank's, and the gradient norm (and so the clipping) leaves the rest out.
+    """
+    for module in chunk.modules():
+        axis = 1 if isinstance(module, RowParallelLinear) else 0
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=axis, stride=1)
 
 
 def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Precision) -> TransformerConfig:

@@ -26,6 +26,10 @@ NOISE = (
     ".*fused weight gradient.*",
     ".*Triton.*",
     "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    ".*is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+    "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+    "If you are using transformer_engine as the transformer implementation",
 )
 
 # Functions to which Megatron-Core passes the literal device="cuda".
