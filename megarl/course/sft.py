@@ -34,7 +34,7 @@ class Imitation(Lesson):
     """The lesson of demonstrations."""
 
     def __init__(self, logits_bytes: int, spec: ModelSpec, pad_id: int):
-        self.head = LogprobHead(spec.vocab_size, logits_bytes, mask_field="loss_mask")
+        self.head = LogprobHead(logits_bytes, mask_field="loss_mask")
         self._pad_id = pad_id
 
     def collate(self, examples: Sequence[Demonstration]) -> DemonstrationBatch:
