@@ -208,7 +208,7 @@ def open_start(model: ModelConfig, role: Role, seed: int) -> tuple[ModelSpec, Te
     if not model.random_init:
         return open_weights(model.path, role)
     spec = read_spec(model.path)
-    return spec, RandomSource(spec.table(role), seed)
+    return spec, RandomSource(spec.table(role), seed, spec.standard_deviation)
 
 
 def check_shapes(path: Path, shapes: dict[str, tuple[int, ...]], source: TensorSource) -> None:

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from megarl.models.pieces import Box, TensorSource
-from megarl.models.spec import WeightTable
-
-STANDARD_DEVIATION = 0.02  # Hugging Face's default `initializer_range` for these families
+from megarl.models.spec import STANDARD_DEVIATION, WeightTable
 
 
 class RandomSource:
-    """A `TensorSource` of a fresh model: norms one, biases zero, all else normal(0, 0.02), a function of (seed, tensor name)."""
+    """A `TensorSource` of a fresh model: norms one, biases zero, all else normal(0, `standard_deviation`), a function of (seed, tensor name)."""
 
-    def __init__(self, table: WeightTable, seed: int):
+    def __init__(self, table: WeightTable, seed: int, standard_deviation: float = STANDARD_DEVIATION):
         self.shapes = table.hf_shapes
         self.seed = seed
+        self.standard_deviation = standard_deviation
         self.last: tuple[str, Tensor] = ("", torch.empty(0))  # pieces of one tensor are read one after the other
 
     def names(self) -> Iterable[str]:
@@ -44,7 +43,7 @@ class RandomSource:
             return torch.zeros(self.shapes[name])
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.randn(self.shapes[name], generator=generator) * STANDARD_DEVIATION
+        return torch.randn(self.shapes[name], generator=generator) * self.standard_deviation
 
 
 class WithNewTensors:

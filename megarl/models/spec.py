@@ -16,6 +16,7 @@ from megarl.errors import LayoutError, WeightMapError
 
 # An actor (and its reference) ends in vocabulary logits, a critic (and a reward model) in one number a token.
 Role = Literal["actor", "critic"]
+STANDARD_DEVIATION = 0.02  # Hugging Face's default `initializer_range` for these families
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ class ModelSpec:
     def table(self, role: Role) -> WeightTable:
         """The mapping between Megatron's tensors and Hugging Face's for this model in this role."""
         return self.make_table(self, role)
+
+    @property
+    def standard_deviation(self) -> float:
+        """Spread of freshly drawn weights: the config's `initializer_range`."""
+        value = self.hf_config.get("initializer_range")
+        return float(value) if isinstance(value, (int, float)) else STANDARD_DEVIATION
 
     def num_parameters(self, role: Role) -> int:
         """Elements of all weights, the vocabulary without padding."""
