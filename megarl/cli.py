@@ -127,12 +127,24 @@ def _start(inspection: Inspection):
     return groups.initialize(inspection.run.parallel, inspection.run.seed)
 
 
+def _finish_together(layout) -> None:
+    """Every rank waits until all are done: rank 0 may hold the store that the others still talk to."""
+    from megarl.parallel import collectives, groups
+
+    collectives.agree(None, groups.group(layout, "world"))
+
+
 def _ppo(inspection: Inspection) -> None:
     layout = _start(inspection)
     from megarl.ppo.loop import train
     from megarl.ppo.parts import build_parts
 
-    train(inspection.run, layout, build_parts(inspection.run, layout))
+    parts = build_parts(inspection.run, layout)
+    try:
+        train(inspection.run, layout, parts)
+    finally:
+        parts.log.close()
+    _finish_together(layout)
 
 
 def _sft(inspection: Inspection) -> None:

@@ -6,7 +6,7 @@ The rules are the ones that Megatron-Core, vLLM and the loop would otherwise bre
 from collections.abc import Iterator, Mapping
 
 from megarl.config import LessonData, PpoRun, RewardRun, Run, SftRun
-from megarl.config_file import Fault
+from megarl.config_file import RUNS, Fault
 from megarl.errors import LayoutError
 from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
@@ -33,14 +33,21 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
 
 def started_on(run: Run, world_size: int) -> list[Fault]:
     """The fault of a run that was started on another number of ranks than its file is written for."""
+    if run.cluster is None and world_size == 1 and smallest_world(run) > 1:
+        need = smallest_world(run)
+        return [Fault(LAYOUT_KEYS, f"started as one process; this layout needs {need} ranks or a multiple: {_launcher(run, need)}")]
     if run.cluster is None or run.cluster.world_size == world_size:
         return []
     text = (
         f"cluster: {run.cluster.nodes} nodes x {run.cluster.ranks_per_node} ranks_per_node = {run.cluster.world_size} ranks, but this run"
-        f" was started on {world_size}: start {run.cluster.world_size} ranks, change cluster.nodes and cluster.ranks_per_node, or set"
-        " cluster=null"
+        f" was started on {world_size}: {_launcher(run, run.cluster.ranks_per_node)} on each node, or change cluster (cluster=null: any)"
     )
     return [Fault(("cluster.nodes", "cluster.ranks_per_node"), text)]
+
+
+def _launcher(run: Run, num_ranks: int) -> str:
+    command = next(kind for kind, run_type in RUNS.items() if type(run) is run_type)
+    return f"NPROC={num_ranks} bash launch/torchrun.sh {command} ..."
 
 
 def smallest_world(run: Run) -> int:

@@ -1,4 +1,4 @@
-"""What a run needs on disk: model directories and their shapes, tokenizer, datasets, packages. Reads JSON headers only, no weights.
+"""What a run needs on disk: model directories and their shapes, tokenizer, datasets, packages. Reads headers, no weights.
 
 Something that is *missing* is a fault where the run starts and a warning where it is only checked, because a configuration for a cluster is
 also read on a laptop. Something that is there and *wrong* is a fault everywhere.
@@ -72,12 +72,24 @@ def _survey_model(use: ModelUse, found: Survey) -> None:
         key = f"{use.key}.path"
         text = f"{key}: {use.path} is another model than {use.key}.shape {use.shape} says: {differences}; expected the same shape"
         found.wrong.append(Fault((key, f"{use.key}.shape"), text))
-    if actual is not None and not use.random_init and not _has_weights(use.path):
-        key = f"{use.key}.path"
-        text = f"{key}: {use.path} holds no *.safetensors; expected weights, or {use.key}.random_init: true"
-        found.missing.append(Fault((key,), text))
+    if actual is not None and not use.random_init:
+        _survey_weights(use, found)
     if (spec := actual or declared) is not None:
         found.specs[use.key] = spec
+
+
+def _survey_weights(use: ModelUse, found: Survey) -> None:
+    key = f"{use.key}.path"
+    if (use.path / "config.json").is_file() and not any(use.path.glob("*.safetensors")):
+        remedy = f"weights, or {use.key}.random_init: true" if use.role != "reward" else "a trained reward model"
+        found.missing.append(Fault((key,), f"{key}: {use.path} holds no *.safetensors; expected {remedy}"))
+        return
+    from megarl.checkpoint.sources import open_weights  # imports torch, so only where there are weights; reads their headers
+
+    try:
+        open_weights(use.path, use.role)
+    except MegarlError as error:
+        found.wrong.append(Fault((key,), f"{key}: {error}"))
 
 
 def _spec(key: str, path: Path, role: str, found: Survey) -> ModelSpec | None:
@@ -102,10 +114,6 @@ def _spec_directory(path: Path, role: str) -> Path:
 
     checkpoint = find_checkpoint(path)
     return path if checkpoint is None else find_model(checkpoint, role)
-
-
-def _has_weights(path: Path) -> bool:
-    return not (path / "config.json").is_file() or any(path.glob("*.safetensors"))
 
 
 def _differences(actual: ModelSpec, declared: ModelSpec) -> str:

@@ -289,8 +289,8 @@ CASES = [
     Case(
         "a start on another cluster",
         (
-            HERE + "cluster: 2 nodes x 8 ranks_per_node = 16 ranks, but this run was started on 1: start 16 ranks, change cluster.nodes and"
-            " cluster.ranks_per_node, or set cluster=null",
+            HERE + "cluster: 2 nodes x 8 ranks_per_node = 16 ranks, but this run was started on 1: NPROC=8 bash launch/torchrun.sh ppo ..."
+            " on each node, or change cluster (cluster=null: any)",
         ),
         ("cluster={nodes: 2, ranks_per_node: 8}", "parallel={microbatch_size: 4}", "rollout.tensor_parallel=1"),
         flags=(),
