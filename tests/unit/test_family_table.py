@@ -82,6 +82,13 @@ def test_random_weights_are_a_function_of_seed_and_name():
     assert torch.equal(first.read("model.layers.0.self_attn.q_proj.bias", ((0, 64),)), torch.zeros(64))
 
 
+def test_random_weights_spread_as_the_config_says():
+    spec = spec_from_hf_config({**tiny_config("llama").to_dict(), "initializer_range": 0.1})
+    drawn = RandomSource(spec.table("actor"), 0, spec.standard_deviation).read("lm_head.weight", ((0, spec.vocab_size), (0, 64)))
+    assert abs(drawn.std().item() - 0.1) < 0.01
+    assert spec_from_hf_config({**tiny_config("llama").to_dict(), "initializer_range": None}).standard_deviation == 0.02
+
+
 def test_a_language_model_becomes_a_critic_with_a_new_head():
     spec = spec_from_hf_config(tiny_config("llama").to_dict())
     actor, drawn = RandomSource(spec.table("actor"), 1), RandomSource(spec.table("critic"), 2)
