@@ -132,12 +132,12 @@ def build_parts(
     layout: ParallelLayout,
     name: str,
     dataset: Callable[..., Examples],
-    make_lesson: Callable[[ModelSpec, int], Lesson],
+    make_lesson: Callable[[int], Lesson],
     headline: Mapping[str, str],
 ) -> LessonParts:
     """The parts of a lesson, from the cheapest to the dearest. Called by every rank; a user's mistake on one rank is raised on all.
 
-    `dataset(config, tokenizer, is_eval)` reads the examples; `make_lesson(spec, pad_id)` makes the lesson of the student called `name`.
+    `dataset(config, tokenizer, is_eval)` reads the examples; `make_lesson(pad_id)` makes the lesson of the student called `name`.
     """
     together = partial(collectives.together, group=groups.group(layout, "world"))
     role = ROLES[name]
@@ -150,7 +150,7 @@ def build_parts(
     log = together(lambda: RunLog.open(stage, run.output_dir, run.log, run.train.total_steps, headline, layout.rank == 0, run_json))
     learner, pieces = build_learner(spec, role, run.model, run, layout, source, run.train.total_steps)
     return LessonParts(
-        lesson=make_lesson(spec, tokenizer.pad_id),
+        lesson=make_lesson(tokenizer.pad_id),
         student=Student(spec, learner, pieces),
         name=name,
         examples=examples,

@@ -17,7 +17,6 @@ from megarl.course.lesson import TOKENS_MULTIPLE, Lesson, build_parts, teach
 from megarl.data.batching import collate_preferences
 from megarl.data.preferences import Preference, PreferenceSet
 from megarl.metrics import Metric, Metrics
-from megarl.models.spec import ModelSpec
 from megarl.models.token_stats import ScoreHead
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.pipeline import LossFunction
@@ -34,7 +33,7 @@ def train_reward(run: RewardRun, layout: ParallelLayout) -> TrainState:
 class Comparison(Lesson):
     """The lesson of preference pairs."""
 
-    def __init__(self, spec: ModelSpec, pad_id: int):
+    def __init__(self, pad_id: int):
         self.head = ScoreHead()
         self._pad_id = pad_id
 

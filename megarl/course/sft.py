@@ -15,7 +15,6 @@ from megarl.course.lesson import TOKENS_MULTIPLE, Lesson, build_parts, teach
 from megarl.data.batching import collate_demonstrations
 from megarl.data.demonstrations import Demonstration, DemonstrationSet
 from megarl.metrics import Metric, Metrics
-from megarl.models.spec import ModelSpec
 from megarl.models.token_stats import LogprobHead
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.pipeline import LossFunction
@@ -33,7 +32,7 @@ def train_sft(run: SftRun, layout: ParallelLayout) -> TrainState:
 class Imitation(Lesson):
     """The lesson of demonstrations."""
 
-    def __init__(self, logits_bytes: int, spec: ModelSpec, pad_id: int):
+    def __init__(self, logits_bytes: int, pad_id: int):
         self.head = LogprobHead(logits_bytes, mask_field="loss_mask")
         self._pad_id = pad_id
 
