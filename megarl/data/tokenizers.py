@@ -74,7 +74,9 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self._processor.decode([int(i) for i in token_ids if not self._processor.is_control(int(i))])
+        # A model's vocabulary may be padded past the tokenizer's: such ids stand for no text.
+        known = [int(i) for i in token_ids if int(i) < self.vocab_size]
+        return self._processor.decode([i for i in known if not self._processor.is_control(i)])
 
     def render_chat(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         raise DataError(

@@ -20,7 +20,7 @@ from megarl.rollout.engine import Engine, make_greedy_requests
 class Evaluation:
     """What one evaluation found: metrics reduced over all ranks, this data rank's answers as JSON objects. Empty when none was due."""
 
-    metrics: Metrics = Metrics()
+    metrics: Metrics = field(default_factory=Metrics)
     samples: list[dict] = field(default_factory=list)
 
 

@@ -1,6 +1,5 @@
 """PPO on one screen: act, judge, assign credit, learn, publish, keep. Every rank runs this same loop; ranks differ inside the parts."""
 
-from contextlib import closing
 from functools import partial
 
 from megarl.checkpoint.train_state import TrainState
@@ -18,47 +17,46 @@ from megarl.rollout.engine import make_requests
 def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
     """Train until `run.ppo.total_steps`, from the newest checkpoint if there is one. Called by every rank; returns the last state."""
     data_group = groups.group(layout, "dp")
-    with closing(parts.log) as log:
-        state = parts.checkpoints.restore_or_start(parts.checkpointables, TrainState(kl_coef=run.ppo.kl.coef))
-        parts.weight_sync.push(parts.actor, version=state.policy_version)
-        log.start(state.step)
-        baseline = parts.evaluator.at_start(state)
-        log.write(state.step, baseline.metrics, baseline.samples)
-        while state.step < run.ppo.total_steps:
-            metrics = StepMetrics()
-            # act: sample responses from the current policy
-            prompts = parts.prompts.from_position(state.prompts_consumed, run.rollout.prompts_per_step, run.seed, layout)
-            with parts.memory.generating(), metrics.time("generate"):
-                requests = make_requests(prompts, run.rollout, parts.stop_token_ids, seed=(run.seed, state.step))
-                completions = parts.engine.generate(requests)
-            # judge and look back: the reward, and what every model says about the same tokens
-            with parts.memory.scoring(), metrics.time("score"):
-                trajectories = parts.judge.trajectories(prompts, completions)
-                rollout = parts.judge.pack(trajectories, len(prompts))
-                old_logprobs = parts.actor.logprobs(rollout)
-                check_parity(rollout, old_logprobs, run.rollout.parity_tolerance, data_group)
-                ref_logprobs = parts.reference.logprobs(rollout, old_logprobs)
-                values = parts.critic.values(rollout)
-            # credit: rewards become advantages and returns
-            experience = assign_credit(rollout, old_logprobs, ref_logprobs, values, run.ppo, state.kl_coef, data_group)
-            # learn: several passes over the same experience; the critic alone at first
-            is_policy_updated = state.step >= run.ppo.critic_warmup_steps
-            with parts.memory.learning(), metrics.time("learn"):
-                for minibatch in minibatches(experience, run.ppo, run.seed, state.step, layout):
-                    metrics += parts.critic.update(minibatch)
-                    if is_policy_updated:
-                        metrics += parts.actor.update(minibatch)
-            # publish: the sampler gets the new policy before the next step
-            with metrics.time("publish"):
-                parts.weight_sync.push(parts.actor, version=state.policy_version + is_policy_updated)
-            # keep: one reduction makes the step's numbers the same on all ranks
-            metrics += describe(experience, parts.reference.estimator, state.kl_coef) + describe_rewards(trajectories)
-            report = metrics.reduced(partial(collectives.gather_json, group=data_group))
-            observed_kl = report.get("kl/token_mean", Metric(0.0)).value
-            kl_coef = next_kl_coef(state.kl_coef, observed_kl, len(rollout) * layout.data, run.ppo.kl)
-            state = state.advance(run.rollout.prompts_per_step, kl_coef, is_policy_updated)
-            evaluation = parts.evaluator.after_step(state)
-            log.write(state.step, report + evaluation.metrics, parts.judge.samples(trajectories, run.log.samples), evaluation.samples)
-            if parts.checkpoints.due(state):
-                parts.checkpoints.save(state, parts.checkpointables)
+    state = parts.checkpoints.restore_or_start(parts.checkpointables, TrainState(kl_coef=run.ppo.kl.coef))
+    parts.weight_sync.push(parts.actor, version=state.policy_version)
+    parts.log.start(state.step)
+    baseline = parts.evaluator.at_start(state)
+    parts.log.write(state.step, baseline.metrics, baseline.samples)
+    while state.step < run.ppo.total_steps:
+        metrics = StepMetrics()
+        # act: sample responses from the current policy
+        prompts = parts.prompts.from_position(state.prompts_consumed, run.rollout.prompts_per_step, run.seed, layout)
+        with parts.memory.generating(), metrics.time("generate"):
+            requests = make_requests(prompts, run.rollout, parts.stop_token_ids, seed=(run.seed, state.step))
+            completions = parts.engine.generate(requests)
+        # judge and look back: the reward, and what every model says about the same tokens
+        with parts.memory.scoring(), metrics.time("score"):
+            trajectories = parts.judge.trajectories(prompts, completions)
+            rollout = parts.judge.pack(trajectories, len(prompts))
+            old_logprobs = parts.actor.logprobs(rollout)
+            check_parity(rollout, old_logprobs, run.rollout.parity_tolerance, data_group)
+            ref_logprobs = parts.reference.logprobs(rollout, old_logprobs)
+            values = parts.critic.values(rollout)
+        # credit: rewards become advantages and returns
+        experience = assign_credit(rollout, old_logprobs, ref_logprobs, values, run.ppo, state.kl_coef, data_group)
+        # learn: several passes over the same experience; the critic alone at first
+        is_policy_updated = state.step >= run.ppo.critic_warmup_steps
+        with parts.memory.learning(), metrics.time("learn"):
+            for minibatch in minibatches(experience, run.ppo, run.seed, state.step, layout):
+                metrics += parts.critic.update(minibatch)
+                if is_policy_updated:
+                    metrics += parts.actor.update(minibatch)
+        # publish: the sampler gets the new policy before the next step
+        with metrics.time("publish"):
+            parts.weight_sync.push(parts.actor, version=state.policy_version + is_policy_updated)
+        # keep: one reduction makes the step's numbers the same on all ranks
+        metrics += describe(experience, parts.reference.estimator, state.kl_coef) + describe_rewards(trajectories)
+        report = metrics.reduced(partial(collectives.gather_json, group=data_group))
+        observed_kl = report.get("kl/token_mean", Metric(0.0)).value
+        kl_coef = next_kl_coef(state.kl_coef, observed_kl, len(rollout) * layout.data, run.ppo.kl)
+        state = state.advance(run.rollout.prompts_per_step, kl_coef, is_policy_updated)
+        evaluation = parts.evaluator.after_step(state)
+        parts.log.write(state.step, report + evaluation.metrics, parts.judge.samples(trajectories, run.log.samples), evaluation.samples)
+        if parts.checkpoints.due(state):
+            parts.checkpoints.save(state, parts.checkpointables)
     return state

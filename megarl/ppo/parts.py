@@ -20,6 +20,7 @@ from megarl.metrics import RunLog
 from megarl.metrics.terminal import PPO_HEADLINE
 from megarl.models.family import read_spec
 from megarl.models.pieces import TensorSource
+from megarl.models.random_weights import RandomSource
 from megarl.models.spec import ModelSpec
 from megarl.parallel import collectives, device, groups
 from megarl.parallel.layout import ParallelLayout, RolloutLayout
@@ -111,11 +112,11 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     prompts, held_out = together(lambda: _read_prompts(run, tokenizer))
     log = together(lambda: _open_log(run, layout))
     _say_what_was_skipped(run, layout, prompts)
-    spec, source = together(lambda: _weights(run.actor, "actor"))
+    spec, source = together(lambda: _weights(run.actor, "actor", run.seed))
     engine = _start_engine(run, layout, spec)
     memory = Phases(engine)
     actor = Actor(spec, run, layout, source)
-    reference = _build_reference(run, layout, actor)
+    reference = _build_reference(run, layout)
     critic = Critic(*_role_arguments(run, layout, run.critic, "critic"))
     return Parts(
         prompts=prompts,
@@ -133,13 +134,16 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     )
 
 
-def _weights(model: ModelConfig, role: str) -> tuple[ModelSpec, TensorSource | None]:
-    return (read_spec(model.path), None) if model.random_init else open_weights(model.path, role)
+def _weights(model: ModelConfig, role: str, seed: int) -> tuple[ModelSpec, TensorSource]:
+    if not model.random_init:
+        return open_weights(model.path, role)
+    spec = read_spec(model.path)
+    return spec, RandomSource(spec.table(role), seed, spec.standard_deviation)
 
 
 def _role_arguments(run: PpoRun, layout: ParallelLayout, model: ModelConfig, role: str):
     """(spec, run, layout, source) of a role. Every rank must call it."""
-    spec, source = collectives.together(lambda: _weights(model, role), groups.group(layout, "world"))
+    spec, source = collectives.together(lambda: _weights(model, role, run.seed), groups.group(layout, "world"))
     return spec, run, layout, source
 
 
@@ -150,18 +154,14 @@ def _start_engine(run: PpoRun, layout: ParallelLayout, spec: ModelSpec) -> VllmE
     return engine
 
 
-def _build_reference(run: PpoRun, layout: ParallelLayout, actor: Actor) -> KlSource:
+def _build_reference(run: PpoRun, layout: ParallelLayout) -> KlSource:
     kl = run.ppo.kl
     if run.reference is not None:
         return FrozenReference(Reference(*_role_arguments(run, layout, run.reference, "actor")), kl.estimator)
     if kl.coef == 0 and kl.target is None:
         return NoReference()
-    reference = Reference(actor.spec, run, layout, None)
-    # The actor has its starting weights here: a checkpoint to resume from is read later.
-    start = {(piece.hf_name, piece.box): piece.view for piece in actor.pieces}
-    for piece in reference.pieces:
-        piece.view.detach().copy_(start[piece.hf_name, piece.box].detach())
-    return FrozenReference(reference, kl.estimator)
+    # The actor's start: its files once more, or the same draw. A checkpoint to resume from is read into the actor alone, later.
+    return FrozenReference(Reference(*_role_arguments(run, layout, run.actor, "actor")), kl.estimator)
 
 
 def _build_rewards(run: PpoRun, layout: ParallelLayout, tokenizer: Tokenizer) -> WeightedSum:
