@@ -2,13 +2,16 @@
 
     python -m megarl.quickstart.make_data OUT --seed 0
 
-A prompt is `47+85=`, its answer three digits (`132`). All 10,000 problems are dealt into 8,000 for training and 1,000 held out. The
-tokenizer has one token a character, the same in every run. Writes into OUT:
+A prompt is `47+85=`, its answer three digits (`132`). Of the 10,000 problems, 8,000 are for training and 1,000 are held out. The
+demonstrations come from a careless writer, who forgets six carries out of ten: a model that imitates them knows how to add and
+what carrying is, but its likeliest answer to most problems with a carry is wrong, however long it imitates. Which answers are better is
+said by the preferences and the verifier, as in the course this quickstart is a small copy of (Ouyang et al. 2022). The tokenizer
+has one token a character, the same in every run. Writes into OUT:
 
     model/config.json           a Llama of about half a million parameters
     tokenizer.model             sentencepiece
-    sft.jsonl                   training problems with answers: prompt, response
-    preferences.jsonl           training problems with a right and a plausibly wrong answer: prompt, chosen, rejected
+    sft.jsonl                   training problems with careless answers: prompt, response
+    preferences.jsonl           training problems with the right and a wrong answer: prompt, chosen, rejected
     heldout_preferences.jsonl   the same of the held-out problems
     prompts.jsonl, heldout.jsonl    problems to sample from and to be judged on: prompt, answer
 """
@@ -25,6 +28,8 @@ import sentencepiece
 
 NUM_TRAIN = 8000
 NUM_HELDOUT = 1000
+FORGOTTEN = 0.6  # how often the writer of the demonstrations forgets a carry
+OTHER_SLIPS = (-100, -10, -2, -1, 1, 2, 10, 100)  # what else a rejected answer may be off by
 Problem = tuple[int, int]
 
 MODEL_CONFIG = {
@@ -58,7 +63,7 @@ def make_data(directory: Path, seed: int) -> None:
     problems = [(a, b) for a in range(100) for b in range(100)]
     rng.shuffle(problems)
     train, heldout = problems[:NUM_TRAIN], problems[NUM_TRAIN : NUM_TRAIN + NUM_HELDOUT]
-    _write_lines(directory / "sft.jsonl", ({"prompt": question(p), "response": answer(sum(p))} for p in train))
+    _write_lines(directory / "sft.jsonl", ({"prompt": question(p), "response": answer(careless_sum(p, rng))} for p in train))
     _write_lines(directory / "preferences.jsonl", (preference(p, rng) for p in train))
     _write_lines(directory / "heldout_preferences.jsonl", (preference(p, rng) for p in heldout))
     _write_lines(directory / "prompts.jsonl", ({"prompt": question(p), "answer": answer(sum(p))} for p in train))
@@ -78,21 +83,30 @@ def answer(total: int) -> str:
     return f"{total:03d}"
 
 
+def careless_sum(problem: Problem, rng: random.Random) -> int:
+    """The sum as the writer of the demonstrations makes it: each carry forgotten with probability `FORGOTTEN`."""
+    return written_sum(problem, forget_ones=rng.random() < FORGOTTEN, forget_tens=rng.random() < FORGOTTEN)
+
+
+def written_sum(problem: Problem, forget_ones: bool, forget_tens: bool) -> int:
+    """Column addition in which the carry out of the ones, or out of the tens, may be forgotten."""
+    carry, ones = divmod(problem[0] % 10 + problem[1] % 10, 10)
+    hundreds, tens = divmod(problem[0] // 10 + problem[1] // 10 + carry * (not forget_ones), 10)
+    return 100 * hundreds * (not forget_tens) + 10 * tens + ones
+
+
 def preference(problem: Problem, rng: random.Random) -> dict[str, str]:
     """One preference line."""
     return {"prompt": question(problem), "chosen": answer(sum(problem)), "rejected": answer(plausible_error(problem, rng))}
 
 
 def plausible_error(problem: Problem, rng: random.Random) -> int:
-    """A wrong sum of the kind people and small models make: a forgotten carry, or one digit off by a little."""
+    """A wrong sum: three times in four one with a forgotten carry, where the problem has any, else another slip."""
     total = sum(problem)
-    ones = (problem[0] % 10 + problem[1] % 10) % 10
-    tens = (problem[0] // 10 + problem[1] // 10) * 10
-    while True:
-        shift = rng.choice((rng.choice((-10, 10)), rng.choice((-2, -1, 1, 2)), rng.choice((-100, 100))))
-        wrong = tens + ones if rng.random() < 0.25 else total + shift
-        if wrong != total and 0 <= wrong <= 999:
-            return wrong
+    forgetful = {written_sum(problem, ones, tens) for ones in (False, True) for tens in (False, True)} - {total}
+    if forgetful and rng.random() < 0.75:
+        return rng.choice(sorted(forgetful))
+    return rng.choice([total + slip for slip in OTHER_SLIPS if 0 <= total + slip <= 999])
 
 
 def train_tokenizer(model_file: Path) -> None:

@@ -46,7 +46,12 @@ class Stage:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environment}, start_new_session=True
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.environment},
+                start_new_session=True,
             )
         try:
             self._watch(process, console)
@@ -113,7 +118,7 @@ def last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     for is_wanted in (lambda line: line.startswith("megarl: ") and "see its message" not in line, lambda line: "Error" in line, bool):
         if wanted := [line for line in lines if is_wanted(line)]:
-            return wanted[-1].removeprefix("megarl: ")[:500]
+            return wanted[-1].removeprefix("megarl: ").removeprefix("error: ")[:500]
     return "it said nothing"
 
 

@@ -1,6 +1,6 @@
 """Does the export say what was trained? Its logits in transformers against Megatron's, and vLLM's greedy answers against transformers'.
 
-    python -m megarl.quickstart.verify EXPORT HELDOUT TRAINED_LOGITS MAX_RESPONSE_TOKENS OUT
+    python -m megarl.quickstart.verify EXPORT HELDOUT TRAINED MAX_RESPONSE_TOKENS OUT
 
 The tokenizer is the export's own. Writes {"max_abs_logit_difference", "vllm_greedy_agreement"} as JSON to OUT.
 """
@@ -19,6 +19,8 @@ from megarl.data.tokenizers import load_tokenizer
 from megarl.quickstart.probes import read_probes
 from megarl.records import Prompt, TokenBatch
 from megarl.rollout.vllm_directory import generate_greedy
+
+NUM_GREEDY = 256  # prompts answered by both
 
 
 def max_abs_difference(model: PreTrainedModel, sequences: TokenBatch, trained: Tensor) -> float:
@@ -46,17 +48,18 @@ def greedy_answers(model: PreTrainedModel, prompts: list[Prompt], max_tokens: in
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description="Compare an export with the trained model, in transformers and in vLLM.")
-    for name in ("export", "heldout", "trained_logits"):
+    for name in ("export", "heldout", "trained"):
         parser.add_argument(name, type=Path)
     parser.add_argument("max_response_tokens", type=int)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.export)
-    probes = read_probes(arguments.heldout, tokenizer)
+    probes = read_probes(arguments.heldout, tokenizer)  # the sequences whose logits the trained model wrote
     model = AutoModelForCausalLM.from_pretrained(arguments.export, dtype=torch.float32, local_files_only=True).eval()
-    difference = max_abs_difference(model, probes.sequences, load_file(arguments.trained_logits)["logits"])
-    expected = greedy_answers(model, probes.prompts, arguments.max_response_tokens, tokenizer.eos_id)
-    prompts = [prompt.token_ids for prompt in probes.prompts]
+    difference = max_abs_difference(model, probes.sequences, load_file(arguments.trained)["logits"])
+    tried = probes.prompts[:NUM_GREEDY]
+    expected = greedy_answers(model, tried, arguments.max_response_tokens, tokenizer.eos_id)
+    prompts = [prompt.token_ids for prompt in tried]
     found = generate_greedy(arguments.export, prompts, arguments.max_response_tokens, [tokenizer.eos_id])
     agreement = sum(a == b for a, b in zip(expected, found)) / len(prompts)
     arguments.out.write_text(json.dumps({"max_abs_logit_difference": difference, "vllm_greedy_agreement": agreement}, indent=2) + "\n")

@@ -1,9 +1,12 @@
-"""What the trained actor itself says: float32 logits of held-out sequences from Megatron, read from the checkpoint, not from the export.
+"""What the trained models themselves say, from Megatron and their checkpoints, not from an export.
 
-    NPROC=1 MEGARL_MODULE=megarl.quickstart.trained_logits bash launch/torchrun.sh CHECKPOINT TOKENIZER HELDOUT OUT
+    NPROC=1 MEGARL_MODULE=megarl.quickstart.trained bash launch/torchrun.sh PPO_RUN SFT_RUN TOKENIZER HELDOUT OUT
+
+Writes the PPO actor's float32 logits of the held-out sequences to OUT, and the SFT model's greedy accuracy on them to JSON beside it.
 """
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from megarl.models.build import build_model
 from megarl.models.pieces import load_pieces, source_pieces
 from megarl.models.replica import Replica
 from megarl.parallel import groups
-from megarl.quickstart.probes import read_probes
+from megarl.parallel.layout import ParallelLayout
+from megarl.quickstart.probes import answered_right, read_probes
 from megarl.records import TokenBatch
 
 
@@ -37,10 +41,9 @@ class LogitsHead:
         return (*sequences.token_ids.shape, self.vocab_size)
 
 
-def trained_logits(checkpoint: Path, sequences: TokenBatch) -> Tensor:
-    """Logits f32[B, T, V] of the actor of `checkpoint` (a checkpoint or a run's folder). Call in a world of one rank."""
-    parallel = ParallelConfig()
-    layout = groups.initialize(parallel, seed=0)
+def actor_logits(checkpoint: Path, sequences: TokenBatch, layout: ParallelLayout) -> Tensor:
+    """Logits f32[B, T, V] of the actor of `checkpoint` (a checkpoint or a run's folder), on the CPU. For a world of one rank."""
+    parallel = ParallelConfig(microbatch_size=64)
     spec, source = open_weights(checkpoint, "actor")
     chunks = build_model(spec, "actor", parallel, "fp32", layout)
     load_pieces(source_pieces(chunks, spec.table("actor")), source)
@@ -49,12 +52,15 @@ def trained_logits(checkpoint: Path, sequences: TokenBatch) -> Tensor:
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description="Write Megatron's logits of held-out sequences.")
-    for name in ("checkpoint", "tokenizer", "heldout", "out"):
+    parser = argparse.ArgumentParser(description="Write what the trained models say about held-out sequences.")
+    for name in ("ppo_run", "sft_run", "tokenizer", "heldout", "out"):
         parser.add_argument(name, type=Path)
     arguments = parser.parse_args()
     probes = read_probes(arguments.heldout, load_tokenizer(arguments.tokenizer))
-    save_file({"logits": trained_logits(arguments.checkpoint, probes.sequences).contiguous()}, arguments.out)
+    layout = groups.initialize(ParallelConfig(), seed=0)
+    save_file({"logits": actor_logits(arguments.ppo_run, probes.sequences, layout).contiguous()}, arguments.out)
+    accuracy = answered_right(actor_logits(arguments.sft_run, probes.sequences, layout), probes)
+    arguments.out.with_suffix(".json").write_text(json.dumps({"sft_heldout_accuracy": accuracy}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
