@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,8 +17,10 @@ from rich.console import Console
 
 from megarl import __version__
 from megarl.check import Inspection, inspect, show
+from megarl.config import PpoRun, RewardRun, SftRun
 from megarl.config_file import RUNS
 from megarl.errors import ConfigError, MegarlError
+from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.torchrun import is_torchrun, rank_from_environment
 from megarl.run_folder import describe_versions, write_run_folder
 
@@ -113,11 +116,14 @@ def _course(parsed: argparse.Namespace) -> int:
     if parsed.world is not None:
         raise ConfigError("--world is for --check; a run has as many ranks as were started")
     inspection = inspect(parsed.command, Path(parsed.config), parsed.overrides, world_size, is_start=True)
-    {"ppo": _ppo, "sft": _sft, "reward": _reward}[parsed.command](inspection)
+    layout = _start(inspection)
+    {"ppo": _ppo, "sft": _sft, "reward": _reward}[parsed.command](inspection.run, layout)
+    _finish_together(layout)
     return 0
 
 
-def _start(inspection: Inspection):
+def _start(inspection: Inspection) -> ParallelLayout:
+    """Write down what is about to run and start the process groups."""
     if rank_from_environment()[0] == 0:
         write_run_folder(inspection.run)
         for notice in inspection.notices:
@@ -127,38 +133,32 @@ def _start(inspection: Inspection):
     return groups.initialize(inspection.run.parallel, inspection.run.seed)
 
 
-def _finish_together(layout) -> None:
+def _finish_together(layout: ParallelLayout) -> None:
     """Every rank waits until all are done: rank 0 may hold the store that the others still talk to."""
     from megarl.parallel import collectives, groups
 
     collectives.agree(None, groups.group(layout, "world"))
 
 
-def _ppo(inspection: Inspection) -> None:
-    layout = _start(inspection)
+def _ppo(run: PpoRun, layout: ParallelLayout) -> None:
     from megarl.ppo.loop import train
     from megarl.ppo.parts import build_parts
 
-    parts = build_parts(inspection.run, layout)
-    try:
-        train(inspection.run, layout, parts)
-    finally:
-        parts.log.close()
-    _finish_together(layout)
+    parts = build_parts(run, layout)
+    with closing(parts.log):
+        train(run, layout, parts)
 
 
-def _sft(inspection: Inspection) -> None:
-    layout = _start(inspection)
+def _sft(run: SftRun, layout: ParallelLayout) -> None:
     from megarl.course.sft import train_sft
 
-    train_sft(inspection.run, layout)
+    train_sft(run, layout)
 
 
-def _reward(inspection: Inspection) -> None:
-    layout = _start(inspection)
+def _reward(run: RewardRun, layout: ParallelLayout) -> None:
     from megarl.course.reward_model import train_reward
 
-    train_reward(inspection.run, layout)
+    train_reward(run, layout)
 
 
 # ---------------------------------------------------------------- files

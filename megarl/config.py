@@ -42,7 +42,7 @@ class ParallelConfig(Section):
     tensor: Positive = 1  # tensor-parallel ranks a model
     pipeline: Positive = 1  # pipeline stages a model
     sequence: bool = False  # sequence parallelism: activations between tensor-parallel regions are split along tokens
-    microbatch_size: Positive = 8  # sequences a forward pass of one data-parallel replica
+    microbatch_size: Positive = 8  # sequences (pairs, for a reward model) a forward pass of one data-parallel replica
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward
     distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks (ZeRO-1)
     logits_bytes: Positive = 256 << 20  # largest block of float32 logits a rank ever holds
