@@ -22,8 +22,7 @@ class ScalarHead(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        place = torch.device("cpu") if config.use_cpu_initialization else device.device()
-        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=place))
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device.device()))
         self.weight.sequence_parallel = config.sequence_parallel
         self.sequence_parallel = config.sequence_parallel
 

@@ -19,8 +19,7 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
         super().__init__()
-        place = torch.device("cpu") if config.use_cpu_initialization else device.device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=place))
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device.device()))
         self.weight.sequence_parallel = config.sequence_parallel
         self.eps = eps
 

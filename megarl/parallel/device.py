@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 
 import numpy
 import torch
-import torch.utils._device
+from torch.jit._builtins import _find_builtin, _register_builtin
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ NOISE = (
 )
 
 # Functions to which Megatron-Core passes the literal device="cuda".
-FACTORIES = ("arange", "empty", "full", "ones", "rand", "tensor", "zeros")
+FACTORIES = ("ones", "tensor", "zeros")
 
 
 @functools.cache
@@ -94,9 +95,12 @@ def prepare() -> None:
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.type = _type_with_cuda_names(torch.Tensor.type)
     # `with torch.device(...)` knows the factories by identity and looks them up once: it must see the originals, or it does nothing.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        factory = getattr(torch, name)
+        wrapped = _on_cpu(factory)
+        _register_builtin(wrapped, _find_builtin(factory))  # so that torch.jit.script still knows it
+        setattr(torch, name, wrapped)
 
 
 class _Stream:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megarl.config import ParallelConfig
-from tests.ranks import run_ranks
+from tests.ranks import run_all
 from tests.tiny_hf import KINDS, load_oracle, save_oracle, save_tiny
 
 NUM_SEQUENCES, NUM_TOKENS = 4, 12
@@ -39,7 +39,10 @@ def directories(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_outputs_gradients_and_pieces_equal_transformers(directories, world_size):
-    run_ranks(_compare_all, world_size, directories, timeout_s=400)
+    checks = [(_compare_all, (directories,))]
+    if world_size == 2:
+        checks += [(_bf16_is_close, (directories["qwen2"],)), (_views_follow_the_optimizer, (directories["qwen3-tied"],))]
+    run_all(checks, world_size, timeout_s=400)
 
 
 def _compare_all(rank: int, world_size: int, directories: dict[str, str]) -> None:
@@ -77,6 +80,60 @@ def _compare(directory: Path, parallel: ParallelConfig, layout) -> None:
     oracle = load_oracle(directory)
     _check_outputs(chunks, oracle, parallel, layout)
     _check_gradients(chunks, oracle, parallel, layout, table)
+
+
+def _bf16_is_close(rank: int, world_size: int, directory: str) -> None:
+    """Every parameter is bf16, padding of the vocabulary is zero, and outputs are those of fp32 to bf16's precision."""
+    from megarl.checkpoint.sources import SafetensorsSource
+    from megarl.models.build import build_model
+    from megarl.models.family import read_spec
+    from megarl.models.pieces import load_pieces, source_pieces
+    from megarl.parallel import groups, pipeline
+
+    parallel = ParallelConfig(tensor=2, sequence=True)
+    layout = groups.initialize(parallel, seed=0)
+    spec = read_spec(Path(directory))
+    chunks = build_model(spec, "actor", parallel, "bf16", layout)
+    load_pieces(source_pieces(chunks, spec.table("actor")), SafetensorsSource(Path(directory)))
+    assert {parameter.dtype for parameter in chunks[0].parameters()} == {torch.bfloat16}
+    rows = chunks[0].embedding.word_embeddings.weight
+    real = max(0, spec.vocab_size - rank * len(rows))
+    assert not rows[real:].any() and not chunks[0].output_weight()[real:].any()
+    oracle = load_oracle(Path(directory))
+    mine, microbatches = _microbatches(oracle, layout)
+    outputs = torch.cat(pipeline.forward_only(chunks, microbatches, _head)).float()
+    expected = oracle["outputs"][mine]
+    assert (outputs - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+def _views_follow_the_optimizer(rank: int, world_size: int, directory: str) -> None:
+    """Pieces taken once, after the optimizer is built, hold the weights of every later step."""
+    from megarl.checkpoint.sources import SafetensorsSource
+    from megarl.config import OptimizerConfig
+    from megarl.metrics import Metrics
+    from megarl.models.build import build_model
+    from megarl.models.family import read_spec
+    from megarl.models.learner import Learner
+    from megarl.models.pieces import load_pieces, source_pieces
+    from megarl.parallel import groups
+    from megarl.records import TokenBatch
+
+    parallel = ParallelConfig(pipeline=2)
+    layout = groups.initialize(parallel, seed=0)
+    spec = read_spec(Path(directory))
+    table = spec.table("actor")
+    learner = Learner(build_model(spec, "actor", parallel, "bf16", layout), OptimizerConfig(lr=0.01), parallel, "bf16", layout, 10)
+    pieces = source_pieces(learner.chunks, table)
+    load_pieces(pieces, SafetensorsSource(Path(directory)))
+    learner.refresh_main_params()
+    before = [piece.view.clone() for piece in pieces]
+    tokens = load_oracle(Path(directory))["token_ids"]
+    batch = TokenBatch(tokens, torch.full((len(tokens),), NUM_TOKENS))
+    learner.step(batch, _head, lambda outputs, rows: (outputs.square().mean(), Metrics()))
+    again = source_pieces(learner.chunks, table)
+    for old, piece, fresh in zip(before, pieces, again, strict=True):
+        assert not torch.equal(old, piece.view), f"{piece.hf_name} did not move"
+        assert piece.view.data_ptr() == fresh.view.data_ptr() and piece.box == fresh.box
 
 
 def _head(model, hidden, sequences, rows):
