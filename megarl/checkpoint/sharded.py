@@ -83,9 +83,9 @@ def write_tensors(
     """Write a safetensors file of `entries`, asking `produce` for one tensor after the other; returns its size and hash.
 
     Only one tensor is held at a time. The file is flushed to disk before this returns. Tensors of wide types come first, so that every
-    tensor is aligned. Format: https://github.com/huggingface/safetensors#format
+    tensor is aligned, then by name: equal tensors give equal files. Format: https://github.com/huggingface/safetensors#format
     """
-    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for entry in ordered:

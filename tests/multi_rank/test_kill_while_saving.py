@@ -14,7 +14,7 @@ from megarl.checkpoint.sharded import whole
 from megarl.checkpoint.sources import CheckpointSource
 from tests.course.lesson_files import sft_run, write_files
 
-NUM_KILLS = 10
+NUM_KILLS = 6
 NORM = "model.norm.weight"
 
 
