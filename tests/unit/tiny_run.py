@@ -59,7 +59,7 @@ def write_shape(directory: Path, **changes: object) -> None:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32,
         "hidden_act": "silu",
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
