@@ -22,7 +22,6 @@ export MEGARL_ROOT MEGARL_PYTHON
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}             # a run reads local files only
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # ranks are processes already
 export VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}   # nothing is reported to anyone
-export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
 export DO_NOT_TRACK=${DO_NOT_TRACK:-1}
 export PYTHONUNBUFFERED=1                              # logs of a rank that dies are complete
 export MPLBACKEND=${MPLBACKEND:-Agg}                   # pictures go to files

@@ -75,6 +75,8 @@ class Course:
         keys = {"seed": self.seed, "parallel.tensor": self.layout.tensor, "parallel.pipeline": self.layout.pipeline}
         if self.layout.tensor == 1:
             keys["parallel.sequence"] = "false"
+        if stage == "ppo":
+            keys["log.samples"] = 50  # among so many held-out prompts the report finds some that changed
         overrides = [f"{key}={value}" for key, value in keys.items()]
         overrides += [override.split(":", 1)[1] for override in self.overrides if override.startswith(f"{stage}:")]
         with tempfile.TemporaryDirectory() as scratch:

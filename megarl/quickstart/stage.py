@@ -62,32 +62,52 @@ class Stage:
         return time.monotonic() - started
 
     def _watch(self, process: subprocess.Popen, console: Console) -> None:
-        if self.metrics is None:
-            with console.status(f"{self.name} ...") if console.is_terminal else contextlib.nullcontext():
-                process.wait()
-            return
-        terminal = Terminal(self.name, self.total_steps, self.headline, console)
-        lines = follow(self.metrics)
-        started, last_line = False, float("-inf")
-        with console.status(f"{self.name}: starting its ranks ...") if console.is_terminal else contextlib.nullcontext() as status:
-            try:
-                while True:
-                    is_running = process.poll() is None
-                    for values in lines_now(lines):
-                        if not started:
-                            if status is not None:
-                                status.stop()
-                            terminal.start(values["step"])
-                            started = True
-                        is_last = values["step"] == self.total_steps
-                        if console.is_terminal or is_last or time.monotonic() - last_line > PLAIN_LINE_EVERY_S:
-                            terminal.write(values["step"], values)
-                            last_line = time.monotonic()
-                    if not is_running:
-                        return
-                    time.sleep(POLL_S)
-            finally:
-                terminal.close()
+        display = Display(self, console)
+        lines = follow(self.metrics) if self.metrics is not None else iter(lambda: None, 0)
+        try:
+            is_running = True
+            while is_running:
+                is_running = process.poll() is None  # asked first: what it wrote last is still shown
+                for values in lines_now(lines):
+                    display.say(values)
+                time.sleep(POLL_S if is_running else 0)
+        finally:
+            display.close()
+
+
+class Display:
+    """A stage's live line. Where the output is not a terminal: a line now and then, with all that was new since the one before."""
+
+    def __init__(self, stage: Stage, console: Console):
+        self._terminal = Terminal(stage.name, stage.total_steps, stage.headline, console)
+        self._is_live, self._total_steps = console.is_terminal, stage.total_steps
+        self._waiting = console.status(f"{stage.name} starts ..." if stage.metrics else f"{stage.name} ...") if self._is_live else None
+        if self._waiting is not None:
+            self._waiting.start()
+        self._is_started = False
+        self._said_at = float("-inf")
+        self._unsaid: dict = {}
+
+    def say(self, values: dict) -> None:
+        """The metrics of one step, `step` among them."""
+        if not self._is_started:
+            self._stop_waiting()
+            self._terminal.start(values["step"])
+            self._is_started = True
+        self._unsaid |= values
+        if self._is_live or values["step"] == self._total_steps or time.monotonic() - self._said_at > PLAIN_LINE_EVERY_S:
+            self._terminal.write(values["step"], self._unsaid)
+            self._said_at, self._unsaid = time.monotonic(), {}
+
+    def close(self) -> None:
+        """Leave the terminal as it should be."""
+        self._stop_waiting()
+        self._terminal.close()
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.stop()
+            self._waiting = None
 
 
 def follow(path: Path) -> Iterator[dict | None]:
