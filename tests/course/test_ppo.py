@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config import PpoRun
+from megarl.config import PpoRun, RewardRun
 from tests.ranks import run_ranks
 
 STEPS = 24
@@ -117,6 +117,58 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(course):
     found = read_metrics(root, "resumed")
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def run_with_reward_model(rank: int, world_size: int, root: Path) -> list[float]:
+    """A short reward lesson, then PPO on what it learned: its scores as rewards, its weights as the critic's start."""
+    from megarl.course.reward_model import train_reward
+    from megarl.parallel import groups
+    from megarl.ppo.loop import train
+    from megarl.ppo.parts import build_parts
+
+    parallel = {"tensor": 2, "sequence": True, "microbatch_size": 8}
+    lesson = RewardRun.model_validate(
+        {
+            "output_dir": root / "reward",
+            "precision": "fp32",
+            "tokenizer": root / "data" / "tokenizer.model",
+            "parallel": parallel,
+            "model": {"path": root / "data" / "model", "random_init": True, "optimizer": {"lr": 1e-3}},
+            "data": {"path": root / "data" / "preferences.jsonl", "max_tokens": 16},
+            "train": {"total_steps": 3, "batch_size": 16},
+        }
+    )
+    train_reward(lesson, groups.initialize(lesson.parallel, lesson.seed))
+    model = {"path": root / "reward"}
+    run = ppo_run(
+        root,
+        "with_reward_model",
+        parallel=parallel,
+        critic=model,
+        rewards=[{"kind": "model", **model}, {"kind": "exact", "weight": 2.0}],
+        ppo={"total_steps": 2, "minibatch_size": 16, "kl": {"coef": 0.0}},
+        eval=None,
+        checkpoint={},
+    )
+    layout = groups.initialize(run.parallel, run.seed)
+    parts = build_parts(run, layout)
+    score = parts.judge.rewards.terms[0].scorer._score_tokens
+    start = [score([[3, 4, 5], [3, 4, 5, 6, 1]])[1], score([[3, 4, 5, 6, 1]])[0]]
+    train(run, layout, parts)
+    return start
+
+
+def test_a_reward_model_gives_rewards_and_starts_the_critic(course):
+    root, _ = course
+    scores = run_ranks(run_with_reward_model, 2, root)
+    assert scores[0] == scores[1]
+    assert scores[0][0] == pytest.approx(scores[0][1], abs=1e-5)  # padding and batch mates do not matter
+    lines = read_metrics(root, "with_reward_model")
+    assert [line["step"] for line in lines] == [1, 2]  # no held-out prompts: nothing to say before the first step
+    for line in lines:
+        assert line["reward/mean"] == pytest.approx(line["reward/model"] + 2 * line["reward/exact"], abs=1e-5)
+        assert line["reward/model"] != 0
+        assert not [name for name in line if name.startswith("kl/")]  # without a reference nothing is said about KL
 
 
 @pytest.mark.slow
