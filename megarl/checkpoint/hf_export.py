@@ -11,7 +11,7 @@ import torch
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import Manifest, StoredTokenizer
 from megarl.checkpoint.publish import STAGING, check_room
-from megarl.checkpoint.sharded import TensorEntry, cover_faults, sync_directory, whole, write_tensors, write_text
+from megarl.checkpoint.sharded import TensorEntry, cover_faults, sync, whole, write_tensors, write_text
 from megarl.checkpoint.sources import INDEX, CheckpointSource
 from megarl.errors import CheckpointError, SetupError
 from megarl.models.family import FAMILIES, ModelSpec, read_spec
@@ -50,9 +50,9 @@ def export(checkpoint: Path, out: Path, model: str | None = None, dtype: str | N
     try:
         write_shards(staging, entries, lambda entry: source.read(entry.key, whole(entry.shape)), max_shard_bytes)
         _write_configs(staging, directory, manifest, model, spec, _common_dtype(entries))
-        sync_directory(staging)
+        sync(staging)
         os.replace(staging, out)  # an empty directory may be replaced
-        sync_directory(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise SetupError(f"{error.filename or out}: {error.strerror}: the export was not written") from error
     finally:
@@ -114,6 +114,7 @@ def _write_configs(staging: Path, directory: Path, manifest: Manifest, model: st
         target = staging / Path(path).relative_to("tokenizer")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(directory / path, target)
+        sync(target)
     made = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     write_text(
         staging / "README.md",

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megarl.checkpoint.manifest import LATEST, MANIFEST, Manifest, StoredFile, StoredTokenizer
-from megarl.checkpoint.sharded import WrittenFile, measure, sync_directory, write_text
+from megarl.checkpoint.sharded import WrittenFile, measure, sync, write_text
 from megarl.data.tokenizers import Tokenizer
 from megarl.errors import SetupError
 
@@ -35,19 +35,22 @@ def with_digest(file: StoredFile, written: WrittenFile) -> StoredFile:
 
 
 def publish(staging: Path, final: Path, manifest: Manifest) -> None:
-    """Make a finished staging directory the checkpoint `final`: manifest last, everything on disk, one rename, then the pointer."""
+    """Make a finished staging directory the checkpoint `final`: manifest last, everything on disk, one rename."""
     write_text(staging / MANIFEST, manifest.model_dump_json(indent=1))
     for path in sorted({(staging / name).parent for name in manifest.files} | {staging}):
-        sync_directory(path)
+        sync(path)
     if final.exists():
         discard(final)
     os.rename(staging, final)
-    sync_directory(final.parent)
-    if final.parent.name == "checkpoints":
-        pointer = final.parent / (STAGING + LATEST)
-        write_text(pointer, final.name + "\n")
-        os.replace(pointer, final.parent / LATEST)
-        sync_directory(final.parent)
+    sync(final.parent)
+
+
+def point_to(final: Path) -> None:
+    """Replace the pointer `latest` beside a published checkpoint, for people and other programs; megarl itself reads manifests."""
+    pointer = final.with_name(STAGING + LATEST)
+    write_text(pointer, final.name + "\n")
+    os.replace(pointer, final.with_name(LATEST))
+    sync(final.parent)
 
 
 def write_config(staging: Path, model: str, hf_config: dict) -> dict[str, StoredFile]:
@@ -61,6 +64,8 @@ def write_tokenizer(staging: Path, tokenizer: Tokenizer) -> dict[str, StoredFile
     directory = staging / "tokenizer"
     tokenizer.save_for_export(directory)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in files:
+        sync(path)
     return {path.relative_to(staging).as_posix(): stored("tokenizer", measure(path)) for path in files}
 
 

@@ -130,8 +130,8 @@ def measure(path: Path) -> WrittenFile:
     return WrittenFile(num_bytes, digest.hexdigest())
 
 
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to disk, so that a rename in it survives a power cut."""
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

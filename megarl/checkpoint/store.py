@@ -29,6 +29,7 @@ from megarl.checkpoint.publish import (
     TRASH,
     check_room,
     discard,
+    point_to,
     publish,
     special_tokens,
     stored,
@@ -159,6 +160,7 @@ class Checkpoints:
             run=self.run.model_dump(mode="json"),
         )
         publish(staging, final, manifest)
+        point_to(final)
         for old in manifests.step_directories(self.directory)[: -self.run.checkpoint.keep_last]:
             discard(old)
 

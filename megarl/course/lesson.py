@@ -3,6 +3,7 @@
 A lesson is a kind of example, a number the model says about it, and a loss. `sft.py` and `reward_model.py` are the two lessons.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,10 @@ EVAL_MICROBATCHES = 8  # held-out examples are padded together in blocks of so m
 
 
 class Examples(Protocol):
-    """A dataset: `DemonstrationSet` or `PreferenceSet`."""
+    """A dataset: `DemonstrationSet` or `PreferenceSet`. `num_skipped` and `num_truncated` say what the over-long policy did."""
+
+    num_skipped: int
+    num_truncated: int
 
     def for_step(self, step: int, batch_size: int, seed: int, layout: ParallelLayout) -> Sequence[Any]: ...
     def shard(self, layout: ParallelLayout) -> Sequence[Any]: ...
@@ -146,6 +150,8 @@ def build_parts(
     together(lambda: check_vocabulary(tokenizer, spec.vocab_size, run.model.path, "model.path"))
     examples = together(lambda: dataset(run.data, tokenizer))
     held_out = together(lambda: dataset(run.data, tokenizer, is_eval=True)) if run.data.eval_path is not None else None
+    if layout.rank == 0:
+        _say_what_was_skipped(run, examples)
     run_json = run.model_dump(mode="json")
     log = together(lambda: RunLog.open(stage, run.output_dir, run.log, run.train.total_steps, headline, layout.rank == 0, run_json))
     learner, pieces = build_learner(spec, role, run.model, run, layout, source, run.train.total_steps)
@@ -158,3 +164,10 @@ def build_parts(
         checkpoints=Checkpoints(stage, run, layout, tokenizer, run.train.total_steps),
         log=log,
     )
+
+
+def _say_what_was_skipped(run: SftRun | RewardRun, examples: Examples) -> None:
+    path, limit = run.data.path, run.data.max_tokens
+    for what, count in {"skipped": examples.num_skipped, "cut": examples.num_truncated}.items():
+        if count:
+            print(f"megarl: warning: {path}: {count} rows longer than data.max_tokens={limit} {what}", file=sys.stderr)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megarl.bridge.plan import num_elements
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import FORMAT, Manifest, StoredFile, StoredLayout, StoredModel, read_manifest, step_directories, verify
-from megarl.checkpoint.publish import publish, versions
+from megarl.checkpoint.publish import point_to, publish, versions
 from megarl.checkpoint.sharded import TensorEntry, cover_faults, measure, write_tensors, write_text
 from megarl.checkpoint.train_state import TrainState
 from megarl.errors import CheckpointError
@@ -100,6 +100,7 @@ def make_checkpoint(directory, name="step-00000001"):
         versions=versions(),
     )
     publish(staging, directory / name, manifest)
+    point_to(directory / name)
     return directory / name, manifest
 
 
