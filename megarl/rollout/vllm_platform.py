@@ -8,12 +8,16 @@ environment variables (`launcher_environment`).
 
 import contextlib
 import glob
+import logging
 import os
 import secrets
 import socket
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+
+import torch
+import torch._dynamo
 
 from megarl.errors import ConfigError, SetupError
 from megarl.parallel import device
@@ -44,12 +48,17 @@ def import_vllm() -> ModuleType:
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE") == "":
         del os.environ["VLLM_CPU_KVCACHE_SPACE"]  # vLLM parses the empty string as a number
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")
+    # Some modules speak before vLLM has read its logging level.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     try:
         import vllm
     except ImportError as error:
         raise SetupError(f"vLLM cannot be imported ({error}); install it with launch/install.sh") from None
     if not vllm.__version__.startswith(f"{SUPPORTED_VLLM}."):
         raise SetupError(f"vLLM {vllm.__version__} is installed; expected {SUPPORTED_VLLM}.x: run launch/install.sh")
+    if not device.is_cuda():
+        # Two small functions of the sampler would be compiled at the first token: seconds, and a C++ compiler the host may not have.
+        torch._dynamo.config.disable = True
     return vllm
 
 
