@@ -20,7 +20,7 @@ from megarl.models.family import ModelSpec, Role
 from megarl.parallel.layout import ParallelLayout
 from megarl.run_files import model_uses, survey
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
 
 def _print_memory(console: Console, inspection: Inspection) -> None:
     run, data = inspection.run, inspection.layout.data
-    table = _table(console, "Memory a rank, roughly, in GiB on the fullest rank; activations, buffers and KV cache come on top")
+    table = _table(console, "Memory of the fullest rank, roughly; activations, buffers and KV cache come on top")
     for name in ("model", "parameters", "weights", "gradients", "optimizer", "sum"):
         table.add_column(name, justify="left" if name == "model" else "right")
     training = 0
@@ -234,12 +234,16 @@ def _print_memory(console: Console, inspection: Inspection) -> None:
 
 def _memory_row(table: Table, name: str, memory: Memory) -> int:
     parts = (memory.weights, memory.gradients, memory.optimizer)
-    table.add_row(name, f"{memory.parameters:,}", *(f"{part / GIB:.2f}" for part in (*parts, sum(parts))))
+    table.add_row(name, f"{memory.parameters:,}", *(_size(part) for part in (*parts, sum(parts))))
     return sum(parts)
 
 
 def _sum_row(table: Table, name: str, size: int) -> None:
-    table.add_row(name, "", "", "", "", f"{size / GIB:.2f}")
+    table.add_row(name, "", "", "", "", _size(size))
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / MIB:.2f} MiB"
 
 
 def _table(console: Console, title: str) -> Table:
