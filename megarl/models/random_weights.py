@@ -14,7 +14,7 @@ from megarl.models.spec import STANDARD_DEVIATION, WeightTable
 
 
 class RandomSource:
-    """A `TensorSource` of a fresh model: norms one, biases zero, all else normal(0, `standard_deviation`), a function of (seed, tensor name)."""
+    """A `TensorSource` of a new model, a function of (seed, tensor name): norms one, biases zero, else normal(0, `standard_deviation`)."""
 
     def __init__(self, table: WeightTable, seed: int, standard_deviation: float = STANDARD_DEVIATION):
         self.shapes = table.hf_shapes
