@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import Manifest, StoredTokenizer
@@ -18,6 +20,7 @@ from megarl.models.family import FAMILIES, ModelSpec, read_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 CONFIG_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+PROBES = ("12+3=15", "The quick brown fox, isn't it?", "  two  spaces\n", "caf\u00e9 \u4f60\u597d")
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -102,6 +105,21 @@ def hf_config(spec: ModelSpec, is_scalar_head: bool, dtype: torch.dtype, tokens:
     return config | ids
 
 
+def tokenizer_note(own: Path, exported: Path) -> str:
+    """What a user must know when `AutoTokenizer` does not read the exported directory as the model was trained; empty when it does.
+
+    transformers 5 ignores the tokenizer files' class for some model types (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`, qwen2 among
+    them) and lays its own rules over them, which changes the ids of a tokenizer of another kind.
+    """
+    ids = [AutoTokenizer.from_pretrained(path, local_files_only=True)(list(PROBES)).input_ids for path in (own, exported)]
+    if ids[0] == ids[1]:
+        return ""
+    return (
+        "AutoTokenizer reads this model type with rules of its own and gives other token ids than the model was trained with: load the"
+        " tokenizer with transformers.PreTrainedTokenizerFast.from_pretrained(DIRECTORY) instead"
+    )
+
+
 def _write_configs(staging: Path, directory: Path, manifest: Manifest, model: str, spec: ModelSpec, dtype: torch.dtype) -> None:
     is_scalar_head = manifests.ROLES[model] == "critic"
     config = hf_config(spec, is_scalar_head, dtype, manifest.tokenizer)
@@ -115,11 +133,14 @@ def _write_configs(staging: Path, directory: Path, manifest: Manifest, model: st
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(directory / path, target)
         sync(target)
+    note = tokenizer_note(directory / "tokenizer", staging) if manifest.files_of("tokenizer") else ""
+    if note:
+        print(f"megarl: warning: {note}", file=sys.stderr)
     made = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     write_text(
         staging / "README.md",
         f"# {spec.family} model trained with megarl\n\nModel `{model}` of a `{manifest.course}` run after {manifest.state['step']} steps"
-        f" ({CONFIG_NAMES[dtype]}). Written by {made}.\n",
+        f" ({CONFIG_NAMES[dtype]}). Written by {made}.\n" + (f"\n{note}\n" if note else ""),
     )
 
 

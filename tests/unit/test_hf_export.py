@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megarl.checkpoint import publish, sharded
-from megarl.checkpoint.hf_export import export, plan_shards
+from megarl.checkpoint.hf_export import export, plan_shards, tokenizer_note
 from megarl.checkpoint.hf_import import import_hf
 from megarl.checkpoint.manifest import read_manifest
 from megarl.checkpoint.sharded import TensorEntry, whole
@@ -66,11 +66,23 @@ def test_import_and_export_keep_every_bit(tmp_path, tokenizer_model, family, tie
     model, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), torch.arange(12)[None]
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)  # bf16 kernels depend on alignment
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    own = load_tokenizer(tokenizer_model)
+    own = load_tokenizer(tmp_path / "hf")
     assert tokens("12+3=15", add_special_tokens=False).input_ids == own.encode("12+3=15")
     assert again.generation_config.eos_token_id == own.eos_id and again.config.pad_token_id == own.pad_id
     assert "megarl" in (tmp_path / "out" / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "checkpoint", "out"}, "no staging directory is left"
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_told(tmp_path, tokenizer_model):
+    own = load_tokenizer(tokenizer_model)
+    for family in FAMILIES:
+        own.save_for_export(tmp_path / "own")
+        own.save_for_export(tmp_path / family)
+        FAMILIES[family](**SIZES).save_pretrained(tmp_path / family)
+        note = tokenizer_note(tmp_path / "own", tmp_path / family)
+        assert ("PreTrainedTokenizerFast" in note) == (family == "qwen2"), "transformers reads every tokenizer of a qwen2 as Qwen's"
+    tokens = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "qwen2")
+    assert tokens("12+3=15", add_special_tokens=False).input_ids == own.encode("12+3=15")
 
 
 def test_a_reward_model_is_exported_with_its_head(tmp_path, tokenizer_model):
