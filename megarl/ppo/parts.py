@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megarl.bridge.sync import WeightSync
-from megarl.checkpoint.sources import open_weights
+from megarl.checkpoint.sources import open_start, open_weights
 from megarl.checkpoint.store import Checkpointable, Checkpoints
 from megarl.config import ModelConfig, PpoRun
 from megarl.data.batching import pad_rows, padded_length
@@ -18,9 +18,6 @@ from megarl.data.prompts import PromptSet
 from megarl.data.tokenizers import Tokenizer, load_tokenizer
 from megarl.metrics import RunLog
 from megarl.metrics.terminal import PPO_HEADLINE
-from megarl.models.family import read_spec
-from megarl.models.pieces import TensorSource
-from megarl.models.random_weights import RandomSource
 from megarl.models.spec import ModelSpec
 from megarl.parallel import collectives, device, groups
 from megarl.parallel.layout import ParallelLayout, RolloutLayout
@@ -112,7 +109,7 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     prompts, held_out = together(lambda: _read_prompts(run, tokenizer))
     log = together(lambda: _open_log(run, layout))
     _say_what_was_skipped(run, layout, prompts)
-    spec, source = together(lambda: _weights(run.actor, "actor", run.seed))
+    spec, source = together(lambda: open_start(run.actor, "actor", run.seed))
     engine = _start_engine(run, layout, spec)
     memory = Phases(engine)
     actor = Actor(spec, run, layout, source)
@@ -134,16 +131,9 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     )
 
 
-def _weights(model: ModelConfig, role: str, seed: int) -> tuple[ModelSpec, TensorSource]:
-    if not model.random_init:
-        return open_weights(model.path, role)
-    spec = read_spec(model.path)
-    return spec, RandomSource(spec.table(role), seed, spec.standard_deviation)
-
-
 def _role_arguments(run: PpoRun, layout: ParallelLayout, model: ModelConfig, role: str):
     """(spec, run, layout, source) of a role. Every rank must call it."""
-    spec, source = collectives.together(lambda: _weights(model, role, run.seed), groups.group(layout, "world"))
+    spec, source = collectives.together(lambda: open_start(model, role, run.seed), groups.group(layout, "world"))
     return spec, run, layout, source
 
 
