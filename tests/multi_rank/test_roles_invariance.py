@@ -12,8 +12,10 @@ from tests.ranks import run_ranks
 
 BASE = Case()
 TIED = Case(model={"tie_word_embeddings": True})
+QWEN2 = Case(model={"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})  # query, key and value biases
+QWEN3 = Case(model={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16})  # norms of queries and keys
 CUT = [Case({"microbatch_size": 1}), Case({"microbatch_size": 3, "logits_bytes": 2000})]
-ON_ONE = [BASE, TIED, replace(TIED, precision="bf16"), *CUT]
+ON_ONE = [BASE, TIED, replace(TIED, precision="bf16"), QWEN2, QWEN3, *CUT]
 ON_TWO = [
     Case({"tensor": 2}),
     Case({"tensor": 2, "sequence": True, "microbatch_size": 3, "recompute": "selective"}),
@@ -21,6 +23,8 @@ ON_TWO = [
     Case({"pipeline": 2, "recompute": "full"}, model=TIED.model),
     Case({"distributed_optimizer": False, "microbatch_size": 2}),
     Case({"microbatch_size": 3}),
+    Case({"tensor": 2}, model=QWEN3.model),
+    Case({"tensor": 2, "sequence": True}, model=QWEN2.model),
 ]
 ON_FOUR = [
     Case({"tensor": 2, "pipeline": 2, "sequence": True, "microbatch_size": 3}),
@@ -28,6 +32,8 @@ ON_FOUR = [
     Case({"tensor": 2, "pipeline": 2, "sequence": True}, model=TIED.model, precision="bf16"),
     Case({"pipeline": 2, "microbatch_size": 2}),
     Case({"tensor": 2, "sequence": True, "distributed_optimizer": False}),
+    Case({"tensor": 2, "pipeline": 2, "sequence": True}, model=QWEN3.model),
+    Case({"tensor": 4, "sequence": True}),  # more ranks than key-value heads; two of them hold no real token of the vocabulary
 ]
 AGGREGATED = ["sequence_mean", "sequence_sum_fixed"]
 
