@@ -47,7 +47,7 @@ else
             exit 2
         fi
     fi
-    rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --rdzv-backend c10d --rdzv-id "$id" --rdzv-endpoint "$head:$port")
+    rendezvous=(--nnodes "$nnodes" --rdzv-backend c10d --rdzv-id "$id" --rdzv-endpoint "$head:$port")
     rendezvous+=(--rdzv-conf "is_host=$([[ $node_rank == 0 ]] && echo 1 || echo 0),join_timeout=600")
 fi
 
