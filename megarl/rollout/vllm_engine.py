@@ -94,7 +94,9 @@ class VllmEngine:
             "distributed_executor_backend": "external_launcher",
             "max_model_len": self.max_len,
             "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max(8192 if device.is_cuda() else 2048, self.max_len, max_num_seqs),
+            "max_num_batched_tokens": max(8192 if device.is_cuda() else 4096, self.max_len, max_num_seqs),
+            # A prompt cut in two takes its seed's first draw back, which vLLM cannot do with a generator on a CPU.
+            "enable_chunked_prefill": device.is_cuda(),
             "enforce_eager": rollout.eager or not device.is_cuda(),
             "enable_sleep_mode": self.has_sleep,
             "seed": 0,  # every request brings its own
