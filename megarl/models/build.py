@@ -1,7 +1,7 @@
 """Role + family + layout -> this rank's Megatron model chunks.
 
-Layers are Transformer Engine's where it is installed, Megatron's local ones with our RMSNorm and core attention elsewhere; both carry
-the same weight keys. Weights are zero until `pieces.load_pieces` fills them: padding of the vocabulary stays zero.
+Layers are Transformer Engine's where it is installed and the model is bf16, Megatron's local ones with our RMSNorm and core attention
+elsewhere; both carry the same weight keys. Weights are zero until `pieces.load_pieces` fills them: padding of the vocabulary stays zero.
 """
 
 from typing import Literal
@@ -141,11 +141,16 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         bias_activation_fusion=device.is_cuda(),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=device.has_transformer_engine(),
+        apply_rope_fusion=_uses_transformer_engine(precision == "bf16"),
         persist_layer_norm=False,
         **_pipeline_options(spec, parallel),
         **_recompute_options(parallel),
     )
+
+
+def _uses_transformer_engine(is_bf16: bool) -> bool:
+    """Transformer Engine multiplies float32 in TF32, 10 bits of mantissa: a model in fp32 takes the local layers, exact everywhere."""
+    return is_bf16 and device.has_transformer_engine()
 
 
 def _pipeline_options(spec: ModelSpec, parallel: ParallelConfig) -> dict:
@@ -168,7 +173,7 @@ def _recompute_options(parallel: ParallelConfig) -> dict:
 
 
 def _layer_specs(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout) -> ModuleSpec | TransformerBlockSubmodules:
-    if device.has_transformer_engine():
+    if _uses_transformer_engine(config.bf16):
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_norm)
     layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

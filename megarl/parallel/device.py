@@ -18,6 +18,8 @@ import torch
 from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import _device_constructors
 
+from megarl.errors import CheckpointError
+
 CPU = torch.device("cpu")
 
 # Warnings Megatron-Core gives on every start about packages this host does not have, and about its own defaults.
@@ -181,7 +183,16 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Set every random state of this rank to what `random_states` returned."""
+    """Set every random state of this rank to what `random_states` returned.
+
+    Raises `CheckpointError` for the states of a host of the other kind: GPU and CPU generators have nothing in common.
+    """
+    if ("cuda" in states) != is_cuda():
+        theirs, ours = ("a GPU host", "a CPU host") if "cuda" in states else ("a CPU host", "a GPU host")
+        raise CheckpointError(
+            f"the random states were saved on {theirs}, this is {ours}: continue where they were saved, or start a new output_dir from"
+            " the checkpoint's weights (model path)"
+        )
     gauss = states["python.gauss"]
     random.setstate((3, tuple(states["python.words"].tolist()), gauss.item() if gauss.numel() else None))
     position, has_gauss = states["numpy.position"].tolist()

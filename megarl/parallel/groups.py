@@ -58,14 +58,14 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
 
 def _start_torch_distributed(rank: int, world_size: int, timeout_s: int) -> None:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if local_world_size == world_size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look the host name up, which need not resolve
     if not device.is_cuda():
-        if local_world_size == world_size:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look the host name up, which need not resolve
         threads = os.environ.get("OMP_NUM_THREADS")
         torch.set_num_threads(int(threads) if threads else max(1, (os.cpu_count() or 1) // local_world_size))
+    # Without a device_id NCCL communicators are made at their first use. With one, torch would split every later group off the default
+    # communicator, a collective call that ranks enter unequally for vLLM's CPU groups: known to hang.
     arguments = {"backend": device.process_group_backend(), "timeout": timedelta(seconds=timeout_s)}
-    if device.is_cuda():
-        arguments["device_id"] = device.device()
     if "MASTER_ADDR" not in os.environ:
         if world_size > 1:
             raise LayoutError(f"WORLD_SIZE is {world_size} but MASTER_ADDR is not set; start the ranks with torchrun")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megarl.parallel import device
 from megarl.rollout.vllm_platform import import_vllm
 
 
@@ -14,6 +15,7 @@ def generate_greedy(
     Needs a process of its own without torch.distributed: the engine makes a world of one rank.
     """
     vllm = import_vllm()
+    share = {"gpu_memory_utilization": 0.5} if device.is_cuda() else {}  # of the GPU, which must be free: others may use the rest
     engine = vllm.LLM(
         model=str(directory),
         skip_tokenizer_init=True,
@@ -23,6 +25,7 @@ def generate_greedy(
         kv_cache_memory_bytes=256 << 20,
         seed=0,
         disable_log_stats=True,
+        **share,
     )
     sampling = vllm.SamplingParams(
         temperature=0.0, max_tokens=max_tokens, stop_token_ids=list(stop_token_ids), ignore_eos=True, detokenize=False

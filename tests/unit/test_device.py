@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megarl.errors import CheckpointError
 from megarl.parallel import device
 
 pytestmark = pytest.mark.skipif(device.is_cuda(), reason="a CUDA host needs no stand-ins")
@@ -34,3 +35,9 @@ def test_a_cpu_host_says_what_it_has():
     assert device.process_group_backend() == "gloo"
     assert not device.has_transformer_engine() and not device.has_gradient_accumulation_fusion()
     device.synchronize()
+
+
+def test_random_states_of_a_gpu_host_are_refused():
+    states = device.random_states() | {"cuda": torch.zeros(16, dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match="saved on a GPU host, this is a CPU host"):
+        device.restore_random_states(states)
