@@ -19,14 +19,15 @@ SIZES = dict(
 FAMILIES = ("llama", "qwen2", "qwen3-tied")
 
 
-def save_tiny(kind: str, seed: int, folder: Path) -> Path:
-    """A random model of this family, fp32, as transformers saves it."""
+def save_tiny(kind: str, seed: int, folder: Path, **sizes: int) -> Path:
+    """A random model of this family, fp32, as transformers saves it; `sizes` replace those above."""
     import transformers
 
+    sizes = SIZES | sizes
     configs = {
-        "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
-        "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
-        "qwen3-tied": lambda: transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
+        "llama": lambda: transformers.LlamaConfig(**sizes, tie_word_embeddings=False),
+        "qwen2": lambda: transformers.Qwen2Config(**sizes, tie_word_embeddings=False),
+        "qwen3-tied": lambda: transformers.Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=True),
     }
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(configs[kind]()).float()

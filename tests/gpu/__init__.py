@@ -1,0 +1,1 @@
+"""Tests on CUDA devices. See docs/gpu.md."""
