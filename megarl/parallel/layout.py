@@ -30,7 +30,7 @@ class ParallelLayout:
         if self.world_size % self.model_size:
             raise LayoutError(
                 f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} = {self.model_size} ranks a replica"
-                f" does not divide the world of {self.world_size} ranks: change parallel.tensor or parallel.pipeline, or the number of ranks"
+                f" does not divide the world of {self.world_size} ranks: change parallel.tensor, parallel.pipeline or the number of ranks"
             )
         if not 0 <= self.rank < self.world_size:
             raise LayoutError(f"rank {self.rank} is outside the world of {self.world_size}")
