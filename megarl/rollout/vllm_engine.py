@@ -5,6 +5,7 @@ Prompts are dealt and completions gathered inside a rollout group (`parallel.lay
 
 import json
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,9 +40,8 @@ class VllmEngine:
     """A sampler that shares its processes with the trainer. Every rank of the world creates it, after `groups.initialize`.
 
     Args: `layout` says how replicas lie on the ranks, `max_len` is the longest prompt plus response, `precision` is "bf16" or "fp32".
-    It starts without weights; `bridge.sync.WeightSync` brings them. It must live until the process ends: vLLM's shutdown destroys the
-    default process group. Raises `ConfigError` for a length the model cannot hold, `WeightMapError` when vLLM's model and the
-    family's table disagree.
+    It starts without weights; `bridge.sync.WeightSync` brings them. Raises `ConfigError` for a length or a head width it cannot run,
+    `WeightMapError` when vLLM's model and the family's table disagree.
     """
 
     def __init__(self, spec: ModelSpec, rollout: RolloutConfig, layout: RolloutLayout, precision: str, max_len: int):
@@ -57,8 +57,12 @@ class VllmEngine:
         self._asleep: set[str] = set()
         self._dealer = Dealer(layout, groups.new_group_of(layout.groups()))
         self._llm = self._start(rollout, precision)
-        worker = self._llm.llm_engine.model_executor.driver_worker.worker
-        self._endpoint = Endpoint(worker.model_runner.model)
+        executor = self._llm.llm_engine.model_executor
+        # vLLM's own shutdown would also destroy the default process group, which is the trainer's.
+        self._llm.llm_engine.engine_core._finalizer.detach()
+        weakref.finalize(self, executor.shutdown)
+        worker = executor.driver_worker.worker
+        self._endpoint = Endpoint(worker.model_runner.get_model())  # the model itself, not the CUDA graphs around it
 
     def _start(self, rollout: RolloutConfig, precision: str) -> LLM:
         rank, world_size, local_rank = groups.rank_from_environment()
@@ -103,7 +107,7 @@ class VllmEngine:
         }
         if rollout.kv_cache_bytes or not device.is_cuda():
             arguments["kv_cache_memory_bytes"] = rollout.kv_cache_bytes or CPU_KV_CACHE_BYTES
-        else:
+        if device.is_cuda():  # also with a KV cache of a given size: vLLM refuses to start when so much of the GPU is not free
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_fraction
         return arguments
 

@@ -2,7 +2,7 @@
 
 vLLM runs inside the training ranks (its `external_launcher` executor). Traps met there, and where each is handled: names of shared
 memory segments (`private_shared_memory`), an illegal instruction of small bf16 products (`parallel.device.prepare`), random states
-(`VllmEngine` keeps them), the default process group destroyed at engine shutdown (`VllmEngine` is never shut down), changed
+(`VllmEngine` keeps them), the default process group destroyed at engine shutdown (`VllmEngine` ends it its own way), changed
 environment variables (`launcher_environment`).
 """
 
@@ -33,7 +33,12 @@ _SETTINGS = {
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_PLUGINS": "",  # nothing that happens to be installed beside vLLM is loaded into it
 }
-_DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CONFIGURE_LOGGING": "1", "TOKENIZERS_PARALLELISM": "false"}
+_DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CONFIGURE_LOGGING": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRITON_F32_DEFAULT": "ieee",  # attention of an fp32 model on a GPU: Triton would multiply in TF32, 10 bits of mantissa
+}
 
 # Variables that vLLM rewrites for worker processes that we do not start; others read them later.
 _KEPT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LD_PRELOAD")

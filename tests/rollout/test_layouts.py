@@ -18,7 +18,6 @@ CASES = {
     2: [("llama", TP2, 2), ("qwen3-tied", PP2, 2), ("qwen2", DP, 2), ("qwen2", TP2, 1), ("llama", DP, 1)],
     4: [("qwen3-tied", TP2_PP2, 2), ("llama", TP2, 4), ("llama", TP2_PP2, 1), ("qwen2", TP2, 1)],
 }
-ENGINES: list = []  # their shutdown would destroy the default process group
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,6 @@ def check_case(kind: str, parallel: ParallelConfig, tensor: int, folders: list[P
         prompts_per_step=8, samples_per_prompt=2, max_response_tokens=12, temperature=TEMPERATURE, kv_cache_bytes=8 << 20
     )
     engine = VllmEngine(spec, rollout, RolloutLayout(layout, tensor), "fp32", MAX_LEN)
-    ENGINES.append(engine)
     chunks = build_model(spec, "actor", parallel, "fp32", layout)
     owner = Owner(source_pieces(chunks, spec.table("actor")))
     sync = WeightSync(engine, layout, bucket_bytes=40_000, verify_first=3)

@@ -30,16 +30,13 @@ def fresh_engine_answers(folder: Path, precision: str, batches) -> list:
         enable_chunked_prefill=False,
         kv_cache_memory_bytes=8 << 20,
     )
-    KEPT.append(llm)  # its shutdown would destroy the default process group
+    llm.llm_engine.engine_core._finalizer.detach()  # it would destroy the default process group
     answers = []
     for requests in batches:
         prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
         outputs = llm.generate(prompts, [_sampling_parameters(request) for request in requests], use_tqdm=False)
         answers += [(tuple(out.outputs[0].token_ids), tuple(out.outputs[0].logprobs.logprobs)) for out in outputs]
     return answers
-
-
-KEPT: list = []
 
 
 def assert_unchanged(before: dict) -> None:
@@ -99,6 +96,57 @@ def check_family(rank: int, world_size: int, kind: str, precision: str, first: P
     report["stopped"] = (stopped.finish_reason, len(stopped.token_ids) <= 4)
     assert engine.generate([]) == []
     return report
+
+
+def refused_loads(rank: int, world_size: int) -> dict[str, str]:
+    """What the tracer says about loaders it cannot follow."""
+    import torch
+    from torch import nn
+
+    from megarl.errors import WeightMapError
+    from megarl.rollout.vllm_loader import trace_loading
+
+    class Model(nn.Module):
+        def __init__(self, load):
+            super().__init__()
+            self.weight, self.load = nn.Parameter(torch.empty(4, 4)), load
+
+        def load_weights(self, weights):
+            for _, tensor in weights:
+                self.load(self.weight.data, tensor)
+
+    loads = {
+        "transposed": lambda weight, tensor: weight.copy_(tensor.t()),
+        "computed": lambda weight, tensor: weight.copy_(tensor * 2),
+        "strided": lambda weight, tensor: weight[:2].copy_(tensor[::2]),
+        "incomplete": lambda weight, tensor: weight[1:].copy_(tensor[1:]),
+        "twice": lambda weight, tensor: (weight.copy_(tensor), weight[:2].copy_(tensor[2:])),
+        "unused": lambda weight, tensor: None,
+        "a buffer": lambda weight, tensor: torch.empty(4, 4).copy_(tensor),
+    }
+    said = {}
+    for name, load in loads.items():
+        with pytest.raises(WeightMapError) as caught:
+            trace_loading(Model(load), {"a.weight": (4, 4)}, torch.float32)
+        said[name] = str(caught.value)
+    good = trace_loading(
+        Model(lambda weight, tensor: (weight[:1].copy_(tensor[3:]), weight[1:].copy_(tensor[:3]))), {"a": (4, 4)}, torch.float32
+    )
+    assert [(box.hf_box, box.parameter_box) for box in good.targets] == [
+        (((3, 1), (0, 4)), ((0, 1), (0, 4))),
+        (((0, 3), (0, 4)), ((1, 3), (0, 4))),
+    ]
+    return said
+
+
+def test_a_loader_that_does_more_than_copy_slices_is_refused():
+    (said,) = run_ranks(refused_loads, 1)
+    assert "not a box" in said["transposed"] and "not a box" in said["strided"]
+    assert "copies a tensor it computed" in said["computed"]
+    assert "gets 12 elements from a.weight; expected 16" in said["incomplete"]
+    assert "twice" in said["twice"]
+    assert "takes nothing from a.weight" in said["unused"]
+    assert "into something that is no parameter" in said["a buffer"]
 
 
 @pytest.mark.parametrize(("kind", "precision"), [(kind, "fp32") for kind in FAMILIES] + [("qwen2", "bf16")])
