@@ -24,6 +24,7 @@ export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # ranks are proce
 export VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}   # nothing is reported to anyone
 export DO_NOT_TRACK=${DO_NOT_TRACK:-1}
 export PYTHONUNBUFFERED=1                              # logs of a rank that dies are complete
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no warnings about NUMA and the like from below Python
 export MPLBACKEND=${MPLBACKEND:-Agg}                   # pictures go to files
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     export MEGARL_HOST_GPUS=${MEGARL_HOST_GPUS:-$(nvidia-smi -L | grep -c '^GPU')}
