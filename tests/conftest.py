@@ -4,7 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-CPU_SAMPLER = ("tests/rollout/", "tests/course/test_ppo.py", "tests/course/test_quickstart.py")  # they sample on the CPU, several ranks on one host
+# These sample on the CPU, with several ranks on one host.
+CPU_SAMPLER = ("tests/rollout/", "tests/course/test_ppo.py", "tests/course/test_quickstart.py")
 
 
 def has_cpu_sampler() -> bool:
