@@ -31,20 +31,24 @@ class Engine(Protocol):
         ...
 
 
-def request_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
+def request_seed(run_seed: int, step: int, position: int, sample_index: int) -> int:
     """A seed in [0, 2**63) that is a function of these four numbers alone."""
-    text = f"rollout/{run_seed}/{step}/{prompt_id}/{sample_index}"
+    text = f"rollout/{run_seed}/{step}/{position}/{sample_index}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def make_requests(
-    prompts: Sequence[Prompt], rollout: RolloutConfig, stop_token_ids: Sequence[int], seed: tuple[int, int]
+    prompts: Sequence[Prompt], rollout: RolloutConfig, stop_token_ids: Sequence[int], seed: tuple[int, int], first_position: int = 0
 ) -> list[RolloutRequest]:
-    """`samples_per_prompt` requests for each prompt, samples of one prompt side by side. `seed` is (run seed, step)."""
+    """`samples_per_prompt` requests for each prompt, samples of one prompt side by side. `seed` is (run seed, step).
+
+    `first_position` is where `prompts[0]` stands among the prompts of all data ranks. Seeds follow the position, not the prompt: where
+    one epoch ends and the next begins, a prompt may stand twice in a step.
+    """
     sampling = Sampling(max_tokens=rollout.max_response_tokens, temperature=rollout.temperature, stop_token_ids=tuple(stop_token_ids))
     return [
-        RolloutRequest(prompt.prompt_id, index, prompt.token_ids, sampling, request_seed(*seed, prompt.prompt_id, index))
-        for prompt in prompts
+        RolloutRequest(prompt.prompt_id, index, prompt.token_ids, sampling, request_seed(*seed, position, index))
+        for position, prompt in enumerate(prompts, first_position)
         for index in range(rollout.samples_per_prompt)
     ]
 

@@ -1,4 +1,4 @@
-"""Requests carry seeds that depend on nothing but their identity; answers that are no completions are refused by name."""
+"""Requests carry seeds that depend on nothing but their place in the run; answers that are no completions are refused by name."""
 
 from dataclasses import replace
 
@@ -24,12 +24,17 @@ def test_samples_of_a_prompt_lie_side_by_side_with_their_own_seeds():
     assert all(0 <= request.seed < 2**63 for request in requests)
 
 
-def test_a_seed_depends_on_run_step_prompt_and_sample_only():
-    seeds = {request.prompt_id: request.seed for request in make_requests(PROMPTS, replace_samples(1), (), seed=(1, 2))}
-    alone = make_requests(PROMPTS[1:], replace_samples(2), (7,), seed=(1, 2))
-    assert alone[0].seed == seeds[9]
-    others = [make_requests(PROMPTS[1:], ROLLOUT, (), seed=seed)[0].seed for seed in ((1, 3), (2, 2), (2, 1))]
-    assert len({seeds[9], alone[1].seed, *others}) == 5
+def test_a_seed_depends_on_run_step_position_and_sample_only():
+    whole = make_requests(PROMPTS, replace_samples(1), (), seed=(1, 2))
+    second_rank = make_requests(PROMPTS[1:], replace_samples(2), (7,), seed=(1, 2), first_position=1)
+    assert second_rank[0].seed == whole[1].seed
+    others = [make_requests(PROMPTS[1:], ROLLOUT, (), seed, 1)[0].seed for seed in ((1, 3), (2, 2), (2, 1))]
+    assert len({whole[0].seed, whole[1].seed, second_rank[1].seed, *others}) == 6
+
+
+def test_a_prompt_that_stands_twice_in_a_step_is_sampled_twice():
+    requests = make_requests([PROMPTS[0], PROMPTS[1], PROMPTS[0]], ROLLOUT, (), seed=(1, 2))
+    assert len({request.seed for request in requests}) == 9
 
 
 def replace_samples(number: int) -> RolloutConfig:
