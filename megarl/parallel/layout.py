@@ -69,6 +69,10 @@ class ParallelLayout:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pipeline - 1
 
+    def data_offset(self, share: int) -> int:
+        """Where this data rank's rows begin when every data rank holds `share` of them."""
+        return self.dp_rank * share
+
     def at(self, rank: int) -> "ParallelLayout":
         """The same layout seen from another rank."""
         return replace(self, rank=rank)

@@ -37,7 +37,7 @@ class Judge:
         """The padded batch on this rank's device. `num_prompts` of this data rank; every data rank has equally many samples."""
         longest = max(len(t.prompt.token_ids) + len(t.completion.token_ids) for t in trajectories)
         lengths = collectives.gather_json(longest, groups.group(self.layout, "dp"))
-        samples, first = len(trajectories) // num_prompts, self.layout.dp_rank * len(trajectories)
+        samples, first = len(trajectories) // num_prompts, self.layout.data_offset(len(trajectories))
         sample_ids = range(first, first + len(trajectories))
         length = padded_length(lengths, TOKENS_A_TENSOR_RANK * self.layout.tensor)
         group_ids = [sample_id // samples for sample_id in sample_ids]

@@ -27,7 +27,7 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
         # act: sample responses from the current policy
         prompts = parts.prompts.from_position(state.prompts_consumed, run.rollout.prompts_per_step, run.seed, layout)
         with parts.memory.generating(), metrics.time("generate"):
-            requests = make_requests(prompts, run.rollout, parts.stop_token_ids, (run.seed, state.step), layout.dp_rank * len(prompts))
+            requests = make_requests(prompts, run.rollout, parts.stop_token_ids, (run.seed, state.step), layout.data_offset(len(prompts)))
             completions = parts.engine.generate(requests)
         # judge and look back: the reward, and what every model says about the same tokens
         with parts.memory.scoring(), metrics.time("score"):
