@@ -25,7 +25,7 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
     fits = world_size % (run.parallel.tensor * run.parallel.pipeline) == 0
     data = world_size // (run.parallel.tensor * run.parallel.pipeline) if fits else None
     if isinstance(run, PpoRun):
-        faults += [*_generation(run, world_size, specs), *_rewards(run), *_vocabularies(specs), *_ppo_batch(run, data)]
+        faults += [*_generation(run, world_size, specs), *_rewards(run), *_vocabularies(specs), *_kl(run), *_ppo_batch(run, data)]
     elif isinstance(run, SftRun | RewardRun):
         faults += [*_lesson(run), *_lesson_batch(run, data)]
     return faults
@@ -154,6 +154,18 @@ def _rewards(run: PpoRun) -> Iterator[Fault]:
             yield Fault((key,), f"{key}: found {str(part.path)!r} with kind {part.kind}; expected no path, or kind: model")
     if run.rewards and all(part.weight == 0 for part in run.rewards):
         yield Fault(("rewards",), "rewards: every weight is 0; expected at least one part that counts")
+
+
+def _kl(run: PpoRun) -> Iterator[Fault]:
+    """The adaptive controller multiplies: from 0 it never moves, and a factor below 0 would reward leaving the reference."""
+    kl, sequences = run.ppo.kl, run.rollout.prompts_per_step * run.rollout.samples_per_prompt
+    if kl.target is None:
+        return
+    if kl.coef == 0:
+        yield Fault(("ppo.kl.coef", "ppo.kl.target"), "ppo.kl.coef: found 0 with ppo.kl.target; expected more than 0: 0 never adapts")
+    if 5 * kl.horizon <= sequences:
+        text = f"ppo.kl.horizon: found {kl.horizon}; expected more than {sequences // 5}, a fifth of the {sequences} sequences a step"
+        yield Fault(("ppo.kl.horizon", "ppo.kl.target", "rollout.prompts_per_step"), text)
 
 
 def _divides(name: str, size: int, parts: int, words: str, keys: tuple[str, ...]) -> Iterator[Fault]:

@@ -156,6 +156,8 @@ def _vocabulary(run: Run, specs: dict[str, ModelSpec]) -> Iterator[Fault]:
 
 def _tokenizer_size(path: Path) -> int | None:
     """Number of tokens, as far as it can be read without loading transformers; None when that needs the real loader."""
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        path = path / "tokenizer.model"
     if path.is_file() and path.suffix == ".model":
         import sentencepiece
 

@@ -15,6 +15,7 @@ from megarl.config_file import Fault
 from megarl.cross_check import cross_check, divisors, smallest_world, started_on
 from megarl.errors import ConfigError
 from megarl.models.family import read_spec
+from tests.unit.text_files import sentencepiece_file
 from tests.unit.tiny_run import write_run, write_shape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -217,3 +218,13 @@ def test_weights_must_be_those_of_their_config(tmp_path):
     write_shape(tmp_path / "language", intermediate_size=128)
     (fault,) = faults_of(path, f"actor={{path: {tmp_path}/language}}")
     assert "actor.path" in fault and "has shape" in fault
+
+
+def test_a_sentencepiece_file_in_a_directory_is_counted(tmp_path):
+    path = write_run(tmp_path)
+    (tmp_path / "pieces").mkdir()
+    sums = [f"{a}+{b}={a + b}" for a in range(9) for b in range(9)]
+    sentencepiece_file(tmp_path / "pieces" / "tokenizer.model", sums, vocab_size=40)
+    write_shape(tmp_path / "small", vocab_size=8)
+    faults = faults_of(path, f"tokenizer={tmp_path}/pieces", f"actor={{path: {tmp_path}/small, random_init: true}}")
+    assert any("tokens but actor has a vocabulary of 8" in fault for fault in faults), faults

@@ -57,6 +57,15 @@ CASES = [
         change=("tensor: 2\n  p", "tensor: 4\n  tensor: 2\n  p"),
     ),
     Case("text for a number", (HERE + "parallel.tensor: found 'two'; expected a whole number",), ("parallel.tensor=two",)),
+    Case("a temperature vLLM would change", (HERE + "rollout.temperature: found 0.001; expected at least 0.01",), ("rollout.temperature=0.001",)),
+    Case(
+        "a coefficient that cannot adapt",
+        (
+            HERE + "ppo.kl.coef: found 0 with ppo.kl.target; expected more than 0: 0 never adapts",
+            HERE + "ppo.kl.horizon: found 6; expected more than 6, a fifth of the 32 sequences a step",
+        ),
+        ("ppo.kl={coef: 0.0, target: 6.0, horizon: 6}",),
+    ),
     Case("quoted number", (HERE + "seed: found '1'; expected a whole number",), ("seed='1'",)),
     Case("a part of a rank", (HERE + "parallel.tensor: found 1.5; expected a whole number",), ("parallel.tensor=1.5",)),
     Case("truth for a number", (HERE + "seed: found true; expected a whole number",), ("seed=true",)),
@@ -134,16 +143,16 @@ CASES = [
     Case(
         "layout x world size",
         (
-            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 6 ranks: change parallel.tensor or"
-            " parallel.pipeline, or the number of ranks",
+            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 6 ranks: change parallel.tensor,"
+            " parallel.pipeline or the number of ranks",
         ),
         flags=("--check", "--world", "6"),
     ),
     Case(
         "cluster too small",
         (
-            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 2 ranks: change parallel.tensor or"
-            " parallel.pipeline, or the number of ranks",
+            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 2 ranks: change parallel.tensor,"
+            " parallel.pipeline or the number of ranks",
         ),
         ("cluster={nodes: 1, ranks_per_node: 2}",),
     ),
