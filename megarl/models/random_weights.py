@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megarl.models.pieces import Box, TensorSource
+from megarl.models.pieces import Box
 from megarl.models.spec import STANDARD_DEVIATION, WeightTable
 
 
@@ -44,24 +44,3 @@ class RandomSource:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return torch.randn(self.shapes[name], generator=generator) * self.standard_deviation
-
-
-class WithNewTensors:
-    """A `TensorSource` that reads what `source` has and draws what it lacks among `names`: a critic's head on a language model."""
-
-    def __init__(self, source: TensorSource, drawn: RandomSource, names: Iterable[str]):
-        has = set(source.names())
-        self.source, self.drawn = source, drawn
-        self.new = {name for name in names if name not in has}
-
-    def names(self) -> Iterable[str]:
-        """The tensors of `source` and the new ones."""
-        return [*self.source.names(), *sorted(self.new)]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The whole tensor's shape."""
-        return (self.drawn if name in self.new else self.source).shape(name)
-
-    def read(self, name: str, box: Box) -> Tensor:
-        """The elements of `box`."""
-        return (self.drawn if name in self.new else self.source).read(name, box)

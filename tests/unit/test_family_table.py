@@ -5,7 +5,7 @@ import torch
 
 from megarl.errors import WeightMapError
 from megarl.models.family import spec_from_hf_config
-from megarl.models.random_weights import RandomSource, WithNewTensors
+from megarl.models.random_weights import RandomSource
 from tests.tiny_hf import KINDS, tiny_config
 
 GLOBAL_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight")
@@ -87,12 +87,3 @@ def test_random_weights_spread_as_the_config_says():
     drawn = RandomSource(spec.table("actor"), 0, spec.standard_deviation).read("lm_head.weight", ((0, spec.vocab_size), (0, 64)))
     assert abs(drawn.std().item() - 0.1) < 0.01
     assert spec_from_hf_config({**tiny_config("llama").to_dict(), "initializer_range": None}).standard_deviation == 0.02
-
-
-def test_a_language_model_becomes_a_critic_with_a_new_head():
-    spec = spec_from_hf_config(tiny_config("llama").to_dict())
-    actor, drawn = RandomSource(spec.table("actor"), 1), RandomSource(spec.table("critic"), 2)
-    source = WithNewTensors(actor, drawn, ["score.weight"])
-    assert set(spec.table("critic").hf_shapes) <= set(source.names())
-    assert torch.equal(source.read("score.weight", ((0, 1), (0, 64))), drawn.read("score.weight", ((0, 1), (0, 64))))
-    assert torch.equal(source.read("lm_head.weight", ((0, 2), (0, 64))), actor.read("lm_head.weight", ((0, 2), (0, 64))))
