@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import Manifest, StoredTokenizer
-from megarl.checkpoint.publish import STAGING, check_room
+from megarl.checkpoint.publish import start_output
 from megarl.checkpoint.sharded import TensorEntry, cover_faults, sync, whole, write_tensors, write_text
 from megarl.checkpoint.sources import INDEX, CheckpointSource
 from megarl.errors import CheckpointError, SetupError
@@ -43,13 +43,7 @@ def export(checkpoint: Path, out: Path, model: str | None = None, dtype: str | N
     _check_complete(directory, manifest, model, spec)
     entries = [TensorEntry(name, _dtype(dtype, source.dtype(name)), tuple(shape)) for name, shape in shapes.items()]
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SetupError(f"{out} exists and is not an empty directory: choose another directory to export to")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_room(out.parent, sum(entry.num_bytes for entry in entries), "the export needs", "or export to another disk")
-    staging = out.with_name(STAGING + out.name)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    staging = start_output(out, sum(entry.num_bytes for entry in entries), "the export", "export")
     try:
         write_shards(staging, entries, lambda entry: source.read(entry.key, whole(entry.shape)), max_shard_bytes)
         _write_configs(staging, directory, manifest, model, spec, _common_dtype(entries))

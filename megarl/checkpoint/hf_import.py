@@ -6,10 +6,9 @@ from pathlib import Path
 
 from megarl.checkpoint.manifest import FORMAT, ROLES, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
 from megarl.checkpoint.publish import (
-    STAGING,
-    check_room,
     publish,
     special_tokens,
+    start_output,
     stored,
     versions,
     write_config,
@@ -39,14 +38,9 @@ def import_hf(hf_dir: Path, out: Path, tokenizer: Path | None = None) -> Path:
     texts = load_tokenizer(tokenizer or hf_dir)
     check_vocabulary(texts, spec.vocab_size, hf_dir, "HF_DIR")
     entries = [TensorEntry(name, source.dtype(name), shape) for name, shape in shapes.items()]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SetupError(f"{out} exists and is not an empty directory: choose another directory to import to")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_room(out.parent, sum(entry.num_bytes for entry in entries), "the import needs", "or import to another disk")
-    staging = out.with_name(STAGING + out.name)
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / model).mkdir(parents=True)
+    staging = start_output(out, sum(entry.num_bytes for entry in entries), "the import", "import")
     try:
+        (staging / model).mkdir()
         files = _write_weights(staging, model, entries, source)
         files |= write_config(staging, model, spec.hf_config)
         files |= write_tokenizer(staging, texts)

@@ -24,6 +24,24 @@ def check_room(directory: Path, needed: int, what: str, remedy: str) -> None:
         raise SetupError(f"{directory} has {free} bytes free; {what} {needed + SPARE_BYTES}: free some disk, {remedy}")
 
 
+def start_output(out: Path, needed: int, what: str, verb: str) -> Path:
+    """A new, empty staging directory beside `out`, which will become `out`.
+
+    Raises `SetupError` when `out` exists and is not empty, its place cannot be written, or its disk has no room for `needed` bytes.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SetupError(f"{out} exists and is not an empty directory: choose another directory to {verb} to")
+    staging = out.with_name(STAGING + out.name)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_room(out.parent, needed, f"{what} needs", f"or {verb} to another disk")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    except OSError as error:
+        raise SetupError(f"{error.filename or out}: {error.strerror}: choose another directory to {verb} to") from error
+    return staging
+
+
 def stored(kind: str, written: WrittenFile, **fields) -> StoredFile:
     """The manifest's entry of a file."""
     return StoredFile(kind=kind, num_bytes=written.num_bytes, sha256=written.sha256, **fields)

@@ -128,10 +128,13 @@ class Checkpoints:
         plan[f"random-{rank:05d}.safetensors"] = PlannedFile(stored("random", NOT_WRITTEN, rank=rank), device.random_states())
         return plan
 
-    def _prepare(self, staging: Path, checkpointables: Mapping[str, Checkpointable], needed: int) -> None:
+    def _check_room(self, needed: int) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._sweep()
         check_room(self.directory, needed, "a checkpoint needs", "lower checkpoint.keep_last, or move output_dir")
+
+    def _prepare(self, staging: Path, checkpointables: Mapping[str, Checkpointable], needed: int) -> None:
+        self._check_room(needed)
         for model in checkpointables:
             (staging / model).mkdir(parents=True)
 
@@ -169,8 +172,12 @@ class Checkpoints:
         """Continue from the newest complete checkpoint of the output directory, or return `start` where there is none.
 
         Weights, optimizers and this rank's random states are put back. Raises `CheckpointError` on every rank when the checkpoint is
-        damaged, or belongs to another model, layout or stage of the course, naming both.
+        damaged, or belongs to another model, layout or stage of the course, naming both, and `SetupError` when the disk has no room for
+        the next checkpoint: hours of training must not end there.
         """
+        owned = sum(_num_bytes_saved(piece.view) for kept in checkpointables.values() for piece in kept.pieces if piece.is_owner)
+        needed = sum(collectives.gather_json(owned, self._world))
+        self._together(lambda: self._check_room(needed) if self.layout.rank == 0 else None)
         found = collectives.gather_json(self._together(self._choose), self._world)[0]
         if found is None:
             return start or TrainState()
@@ -178,9 +185,8 @@ class Checkpoints:
 
     def _choose(self) -> str | None:
         """Name of the checkpoint to continue from; only rank 0 looks, so that all ranks agree."""
-        if self.layout.rank != 0 or not self.directory.is_dir():
+        if self.layout.rank != 0:
             return None
-        self._sweep()
         directories = manifests.step_directories(self.directory)
         if directories and not self.run.checkpoint.resume:
             raise CheckpointError(
@@ -241,6 +247,11 @@ def spec_differences(stored_spec: ModelSpec, run_spec: ModelSpec) -> str:
     """Fields in which two models differ, both values named; empty when they are the same model."""
     names = [f.name for f in fields(ModelSpec) if f.name != "hf_config" and getattr(stored_spec, f.name) != getattr(run_spec, f.name)]
     return ", ".join(f"{name} {getattr(stored_spec, name)} in the checkpoint, {getattr(run_spec, name)} in the run" for name in names)
+
+
+def _num_bytes_saved(weights: torch.Tensor) -> int:
+    """A weight, Adam's two float32 moments, and a float32 copy of what is narrower: known before the optimizer has any state."""
+    return weights.nbytes + weights.numel() * (8 if weights.itemsize >= 4 else 12)
 
 
 def _piece_key(piece: Piece) -> str:

@@ -94,6 +94,19 @@ def fail_while_saving(rank: int, world_size: int, root: Path) -> list[str]:
     return [first, newest, told(run)]
 
 
+def start_on_a_full_disk(rank: int, world_size: int, root: Path) -> str:
+    """Rank 0, which looks at the disk, finds room for the spare bytes and half a checkpoint."""
+    from megarl.checkpoint import publish
+
+    original = publish.shutil.disk_usage
+    num_bytes = sum(path.stat().st_size for path in (root / "dp2-whole" / "checkpoints" / "step-00000003" / "actor").iterdir())
+    publish.shutil.disk_usage = lambda path: original(path)._replace(free=publish.SPARE_BYTES + num_bytes // 2)
+    try:
+        return told(sft_run(root, "full", 4, **CASES["dp2"]))
+    finally:
+        publish.shutil.disk_usage = original
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = write_files(tmp_path_factory.mktemp("resume"))
@@ -104,7 +117,7 @@ def runs(tmp_path_factory):
 
 def everything(rank: int, world_size: int, root: Path) -> list:
     stop_and_resume(rank, world_size, root)
-    return [refuse(rank, world_size, root), fail_while_saving(rank, world_size, root)]
+    return [refuse(rank, world_size, root), fail_while_saving(rank, world_size, root), start_on_a_full_disk(rank, world_size, root)]
 
 
 def manifest(root: Path, output: str, step: int) -> dict:
@@ -153,3 +166,10 @@ def test_a_failed_save_leaves_the_previous_checkpoint(runs):
     left = {path.name for path in (root / "failing" / "checkpoints").iterdir()}
     assert left == {"step-00000002", "step-00000004", "latest"}, "the failed attempt was swept away"
     assert sorted(read_metrics(root, "failing")) == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_training(runs):
+    root, results = runs
+    for _, _, refused in results:
+        assert refused.startswith("SetupError") and "a checkpoint needs" in refused
+    assert not list((root / "full").glob("metrics.jsonl")) or read_metrics(root, "full") == {}
