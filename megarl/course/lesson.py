@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -151,7 +152,7 @@ def build_parts(
     examples = together(lambda: dataset(run.data, tokenizer))
     held_out = together(lambda: dataset(run.data, tokenizer, is_eval=True)) if run.data.eval_path is not None else None
     if layout.rank == 0:
-        _say_what_was_skipped(run, examples)
+        _say_what_was_skipped(run, {run.data.path: examples} | ({run.data.eval_path: held_out} if held_out is not None else {}))
     run_json = run.model_dump(mode="json")
     log = together(lambda: RunLog.open(stage, run.output_dir, run.log, run.train.total_steps, headline, layout.rank == 0, run_json))
     learner, pieces = build_learner(spec, role, run.model, run, layout, source, run.train.total_steps)
@@ -166,8 +167,9 @@ def build_parts(
     )
 
 
-def _say_what_was_skipped(run: SftRun | RewardRun, examples: Examples) -> None:
-    path, limit = run.data.path, run.data.max_tokens
-    for what, count in {"skipped": examples.num_skipped, "cut": examples.num_truncated}.items():
-        if count:
-            print(f"megarl: warning: {path}: {count} rows longer than data.max_tokens={limit} {what}", file=sys.stderr)
+def _say_what_was_skipped(run: SftRun | RewardRun, files: Mapping[Path, Examples]) -> None:
+    limit = run.data.max_tokens
+    for path, examples in files.items():
+        for what, count in {"skipped": examples.num_skipped, "cut": examples.num_truncated}.items():
+            if count:
+                print(f"megarl: warning: {path}: {count} rows longer than data.max_tokens={limit} {what}", file=sys.stderr)

@@ -147,6 +147,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return HuggingFaceTokenizer(path)
 
 
+def stop_token_ids(tokenizer: Tokenizer, model_ends: Sequence[int]) -> tuple[int, ...]:
+    """What ends a sampled response: the tokenizer's end-of-text, then the model's other end tokens that stand for no text.
+
+    Models without the tokenizer's end-of-text among `model_ends` speak of another tokenizer, and only the tokenizer's counts.
+    """
+    if tokenizer.eos_id not in model_ends:
+        return (tokenizer.eos_id,)
+    others = [i for i in model_ends if i != tokenizer.eos_id and 0 <= i < tokenizer.vocab_size and not tokenizer.decode([i])]
+    return (tokenizer.eos_id, *others)
+
+
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int, model_path: Path, key: str) -> None:
     """Raise `DataError` unless every token id fits the model. `key` is the configuration key of the model, such as `actor.path`."""
     if tokenizer.vocab_size > model_vocab_size:

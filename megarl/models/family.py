@@ -13,7 +13,7 @@ from megarl.models.hf_config import Family, HfConfig
 from megarl.models.llama import LLAMA
 from megarl.models.qwen2 import QWEN2
 from megarl.models.qwen3 import QWEN3
-from megarl.models.spec import ModelSpec, Role, Rows, WeightTable, check_layout, padded_vocab, stage_layers
+from megarl.models.spec import ModelSpec, Role, Rows, WeightTable, check_layout, end_ids, padded_vocab, stage_layers
 
 __all__ = [
     "FAMILIES",
@@ -33,7 +33,10 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, 
 
 
 def read_spec(directory: Path) -> ModelSpec:
-    """The model that `directory`/config.json describes. Raises `WeightMapError` for a missing, broken or unknown one."""
+    """The model that `directory`/config.json describes, with the end tokens of a generation_config.json beside it.
+
+    Raises `WeightMapError` for a missing, broken or unknown config.json.
+    """
     path = Path(directory) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +46,7 @@ def read_spec(directory: Path) -> ModelSpec:
         raise WeightMapError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise WeightMapError(f"{path} holds a {type(values).__name__}; expected a JSON object")
-    return spec_from_hf_config(values, where=str(path))
+    return spec_from_hf_config(_with_end_tokens(values, path.with_name("generation_config.json")), where=str(path))
 
 
 def spec_from_hf_config(values: dict[str, Any], where: str = "hf_config") -> ModelSpec:
@@ -60,3 +63,13 @@ def spec_from_hf_config(values: dict[str, Any], where: str = "hf_config") -> Mod
     if unknown:
         raise WeightMapError(f"{where}: architectures holds {unknown[0]!r}; the {kind} table serves {' and '.join(family.architectures)}")
     return family.translate(config)
+
+
+def _with_end_tokens(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config with the end-of-text ids of `path` after its own: chat models often name several, and some only there."""
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return values
+    ends = [*end_ids(values), *end_ids(generation if isinstance(generation, dict) else {})]
+    return values | {"eos_token_id": list(dict.fromkeys(ends))} if set(ends) > set(end_ids(values)) else values

@@ -91,9 +91,20 @@ class ModelSpec:
         value = self.hf_config.get("initializer_range")
         return float(value) if isinstance(value, (int, float)) else STANDARD_DEVIATION
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, as the model's directory names them."""
+        return end_ids(self.hf_config)
+
     def num_parameters(self, role: Role) -> int:
         """Elements of all weights, the vocabulary without padding."""
         return self.table(role).num_parameters()
+
+
+def end_ids(values: dict[str, Any]) -> tuple[int, ...]:
+    """The ids under `eos_token_id` of a config.json or generation_config.json, which may be one, several or none."""
+    found = values.get("eos_token_id")
+    return tuple(i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int) and not isinstance(i, bool))
 
 
 def padded_vocab(vocab_size: int, tensor: int) -> int:

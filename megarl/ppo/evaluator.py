@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from megarl.checkpoint.train_state import TrainState
-from megarl.config import EvalConfig, RolloutConfig
+from megarl.config import EvalConfig
 from megarl.data.tokenizers import Tokenizer
 from megarl.metrics import Metric, Metrics
 from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.memory import Phases
-from megarl.records import Prompt
+from megarl.records import Prompt, RolloutRequest
 from megarl.rewards.exact import ExactAnswer
-from megarl.rollout.engine import Engine, make_greedy_requests
+from megarl.rollout.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class NoEvaluator:
 class Evaluator:
     """Evaluates before the first step, every `every_steps` steps and after the last one. Methods are entered by every rank.
 
-    Args: `prompts` of this data rank. The sampler must hold the weights to evaluate.
+    Args: `prompts` of this data rank and one greedy request for each. The sampler must hold the weights to evaluate.
     """
 
     def __init__(
         self,
         config: EvalConfig,
-        rollout: RolloutConfig,
         prompts: Sequence[Prompt],
+        requests: Sequence[RolloutRequest],
         engine: Engine,
         memory: Phases,
         tokenizer: Tokenizer,
@@ -56,7 +56,7 @@ class Evaluator:
         self.config = config
         self.total_steps = total_steps
         self._prompts, self._engine, self._memory, self._tokenizer, self._layout = prompts, engine, memory, tokenizer, layout
-        self._requests = make_greedy_requests(prompts, rollout, [tokenizer.eos_id])
+        self._requests = requests
 
     def at_start(self, state: TrainState) -> Evaluation:
         """The accuracy before training; a resumed run has said it already."""

@@ -15,7 +15,7 @@ from megarl.checkpoint.store import Checkpointable, Checkpoints
 from megarl.config import ModelConfig, PpoRun
 from megarl.data.batching import pad_rows, padded_length
 from megarl.data.prompts import PromptSet
-from megarl.data.tokenizers import Tokenizer, load_tokenizer
+from megarl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, stop_token_ids
 from megarl.metrics import RunLog
 from megarl.metrics.terminal import PPO_HEADLINE
 from megarl.models.spec import ModelSpec
@@ -30,7 +30,7 @@ from megarl.records import RolloutBatch, TokenBatch
 from megarl.rewards.exact import ExactAnswer
 from megarl.rewards.model import ModelScorer
 from megarl.rewards.scorer import Scorer, Term, WeightedSum, distinct_names
-from megarl.rollout.engine import Engine
+from megarl.rollout.engine import Engine, make_greedy_requests
 from megarl.rollout.vllm_engine import VllmEngine
 
 
@@ -108,8 +108,10 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     tokenizer = together(lambda: load_tokenizer(run.tokenizer))
     prompts, held_out = together(lambda: _read_prompts(run, tokenizer))
     log = together(lambda: _open_log(run, layout))
-    _say_what_was_skipped(run, layout, prompts)
+    _say_what_was_skipped(run, layout, {run.data.path: prompts} | ({run.eval.path: held_out} if run.eval and held_out else {}))
     spec, source = together(lambda: open_start(run.actor, "actor", run.seed))
+    together(lambda: check_vocabulary(tokenizer, spec.vocab_size, run.actor.path, "actor.path"))
+    stops = stop_token_ids(tokenizer, spec.end_ids)
     engine = _start_engine(run, layout, spec)
     memory = Phases(engine)
     actor = Actor(spec, run, layout, source)
@@ -117,7 +119,7 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     critic = Critic(*_role_arguments(run, layout, run.critic, "critic"))
     return Parts(
         prompts=prompts,
-        stop_token_ids=(tokenizer.eos_id,),
+        stop_token_ids=stops,
         engine=engine,
         memory=memory,
         judge=Judge(_build_rewards(run, layout, tokenizer), tokenizer, layout),
@@ -125,7 +127,7 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
         critic=critic,
         reference=reference,
         weight_sync=WeightSync(engine, layout),
-        evaluator=_build_evaluator(run, layout, held_out, engine, memory, tokenizer),
+        evaluator=_build_evaluator(run, layout, held_out, engine, memory, tokenizer, stops),
         checkpoints=Checkpoints("ppo", run, layout, tokenizer, run.ppo.total_steps),
         log=log,
     )
@@ -174,12 +176,19 @@ def _read_prompts(run: PpoRun, tokenizer: Tokenizer) -> tuple[PromptSet, PromptS
 
 
 def _build_evaluator(
-    run: PpoRun, layout: ParallelLayout, held_out: PromptSet | None, engine: Engine, memory: Phases, tokenizer: Tokenizer
+    run: PpoRun,
+    layout: ParallelLayout,
+    held_out: PromptSet | None,
+    engine: Engine,
+    memory: Phases,
+    tokenizer: Tokenizer,
+    stops: Sequence[int],
 ) -> Evaluator | NoEvaluator:
     if run.eval is None or held_out is None:
         return NoEvaluator()
     prompts = held_out.first(run.eval.num_prompts, layout)
-    return Evaluator(run.eval, run.rollout, prompts, engine, memory, tokenizer, layout, run.ppo.total_steps)
+    requests = make_greedy_requests(prompts, run.rollout, stops)
+    return Evaluator(run.eval, prompts, requests, engine, memory, tokenizer, layout, run.ppo.total_steps)
 
 
 def _open_log(run: PpoRun, layout: ParallelLayout) -> RunLog:
@@ -187,9 +196,9 @@ def _open_log(run: PpoRun, layout: ParallelLayout) -> RunLog:
     return RunLog.open("ppo", run.output_dir, run.log, run.ppo.total_steps, PPO_HEADLINE, layout.rank == 0, run_json)
 
 
-def _say_what_was_skipped(run: PpoRun, layout: ParallelLayout, prompts: PromptSet) -> None:
-    changed = {"skipped": prompts.num_skipped, "cut on the left": prompts.num_truncated}
-    for what, count in changed.items():
-        if count and layout.rank == 0:
-            limit = run.data.max_prompt_tokens
-            print(f"megarl: warning: {run.data.path}: {count} prompts longer than data.max_prompt_tokens={limit} {what}", file=sys.stderr)
+def _say_what_was_skipped(run: PpoRun, layout: ParallelLayout, files: Mapping[Path, PromptSet]) -> None:
+    limit = run.data.max_prompt_tokens
+    for path, prompts in files.items():
+        for what, count in {"skipped": prompts.num_skipped, "cut on the left": prompts.num_truncated}.items():
+            if count and layout.rank == 0:
+                print(f"megarl: warning: {path}: {count} prompts longer than data.max_prompt_tokens={limit} {what}", file=sys.stderr)

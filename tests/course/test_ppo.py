@@ -171,6 +171,26 @@ def test_a_reward_model_gives_rewards_and_starts_the_critic(course):
         assert not [name for name in line if name.startswith("kl/")]  # without a reference nothing is said about KL
 
 
+def build_refused(rank: int, world_size: int, run: PpoRun) -> str:
+    from megarl.errors import DataError
+    from megarl.parallel import groups
+    from megarl.ppo.parts import build_parts
+
+    with pytest.raises(DataError) as caught:
+        build_parts(run, groups.initialize(run.parallel, run.seed))
+    return str(caught.value)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_the_sampler_starts(course):
+    root, _ = course
+    small = json.loads((root / "data" / "model" / "config.json").read_text()) | {"vocab_size": 8}
+    (root / "small").mkdir()
+    (root / "small" / "config.json").write_text(json.dumps(small))
+    run = ppo_run(root, "refused", actor={"path": root / "small", "random_init": True})
+    (message,) = run_ranks(build_refused, 1, run)
+    assert "has 15 tokens but actor.path=" in message and "a vocabulary of 8" in message
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, parallel, generators", [
     ("tp2pp2", {"tensor": 2, "pipeline": 2, "sequence": True, "microbatch_size": 4}, 2),

@@ -49,8 +49,12 @@ def test_a_rank_that_breaks_ends_the_others(tmp_path):
 
 
 def test_a_lesson_ends_well(tmp_path):
-    ended = torchrun("megarl", "sft", str(lesson(tmp_path)), "precision=fp32", "train.total_steps=1")
+    path, long = lesson(tmp_path), {"prompt": "1+" * 60, "response": "60"}
+    write_lines(tmp_path / "held_out.jsonl", [{"prompt": "1+1=", "response": "2"}, long])
+    data = [f"data.eval_path={tmp_path}/held_out.jsonl", "data.overlong=skip"]
+    ended = torchrun("megarl", "sft", str(path), "precision=fp32", "train.total_steps=1", *data)
     assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("held_out.jsonl: 1 rows longer than data.max_tokens=64 skipped") == 1, ended.stderr
     folder = tmp_path / "runs" / "sft"
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1]
     assert {"config.yaml", "versions.json", "checkpoints"} <= {path.name for path in folder.iterdir()}

@@ -78,7 +78,8 @@ def check_case(kind: str, parallel: ParallelConfig, tensor: int, folders: list[P
         load_pieces(owner.pieces, SafetensorsSource(folder))
         pushed = sync.push(owner, version)
         report["greedy"].append(greedy_difference(folder, engine.generate(greedy), greedy))
-    requests = make_requests(prompts, rollout, stop_token_ids=(3,), seed=(0, 1))
+    first = prompts[0].prompt_id if prompts else 0  # numbered by their place in the step
+    requests = make_requests(prompts, rollout, stop_token_ids=(3,), seed=(0, 1), first_position=first)
     answers = engine.generate(requests)
     report["samples"] = [(answer.prompt_id, answer.sample_index, answer.token_ids) for answer in answers]
     report["repeats"] = engine.generate(requests) == answers

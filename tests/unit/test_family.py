@@ -135,3 +135,25 @@ def test_layers_and_vocabulary_are_cut_whole():
     for tensor in (1, 2, 8):
         padded = padded_vocab(101, tensor)
         assert padded >= 101 and padded % (64 * tensor) == 0 and padded - 101 < 64 * tensor
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (None, None, ()),
+        (7, None, (7,)),
+        ([7, 9], None, (7, 9)),
+        (7, {"eos_token_id": 7}, (7,)),
+        (7, {"eos_token_id": [9, 7]}, (7, 9)),
+        (None, {"eos_token_id": [9, 7]}, (9, 7)),
+        (7, {"do_sample": True}, (7,)),
+        (7, [], (7,)),
+    ],
+)
+def test_end_tokens_are_those_of_both_files(tmp_path, config, generation, expected):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_4 | {"eos_token_id": config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    spec = read_spec(tmp_path)
+    assert spec.end_ids == expected
+    assert spec_from_hf_config(spec.hf_config).end_ids == expected, "a checkpoint keeps them"

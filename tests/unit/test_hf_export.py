@@ -115,6 +115,17 @@ def test_one_tensor_at_a_time(tmp_path, tokenizer_model, monkeypatch):
     assert sorted(asked) == sorted(tensors_in(tmp_path / "hf")), "each tensor is read once, whole"
 
 
+def test_several_end_tokens_survive_the_way_through_a_checkpoint(tmp_path, tokenizer_model):
+    save_hf(tmp_path / "hf", tokenizer_model)
+    ends = [load_tokenizer(tokenizer_model).eos_id, 33]
+    change_json(tmp_path / "hf" / "generation_config.json", eos_token_id=ends)
+    change_json(tmp_path / "hf" / "config.json", eos_token_id=ends[0])
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == ends
+
+
 def test_boxes_are_parts_of_tensors(tmp_path, tokenizer_model):
     save_hf(tmp_path / "hf", tokenizer_model)
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
@@ -218,6 +229,14 @@ def test_export_refuses_a_full_disk_before_writing(imported, tmp_path, monkeypat
     with pytest.raises(SetupError, match="12345 bytes free"):
         export(imported, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(imported, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match="file.*: choose another directory to export to"):
+        export(imported, tmp_path / "file" / "out")
+    with pytest.raises(SetupError, match="file.*: choose another directory to import to"):
+        import_hf(imported.parent / "hf", tmp_path / "file" / "out")
 
 
 def test_a_disk_that_fills_up_is_one_clear_line(imported, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megarl.data.tokenizers import check_vocabulary, load_tokenizer
+from megarl.data.tokenizers import check_vocabulary, load_tokenizer, stop_token_ids
 from megarl.errors import DataError
 from tests.unit.text_files import CHATML, character_tokenizer_directory, sentencepiece_file
 
@@ -102,6 +102,17 @@ def test_a_response_is_decoded_up_to_end_of_text(tmp_path):
     assert tokenizer.decode_response([*ids, tokenizer.eos_id, *ids]) == "abc 12."
     assert tokenizer.decode_response(ids) == "abc 12."
     assert tokenizer.decode_response([tokenizer.eos_id]) == ""
+
+
+def test_a_response_ends_where_tokenizer_or_model_say(tmp_path):
+    tokenizer = load_tokenizer(character_tokenizer_directory(tmp_path / "t"))
+    start, letter = tokenizer.encode("<|im_start|>")[0], tokenizer.encode("a")[0]
+    eos = tokenizer.eos_id
+    assert stop_token_ids(tokenizer, ()) == stop_token_ids(tokenizer, (eos,)) == (eos,)
+    assert stop_token_ids(tokenizer, (start, eos)) == (eos, start)
+    assert stop_token_ids(tokenizer, (start,)) == (eos,), "a model that does not know the tokenizer's end speaks of another one"
+    assert stop_token_ids(tokenizer, (eos, letter, 10**6)) == (eos,), "a token that stands for text ends nothing"
+    assert tokenizer.decode_response([letter, start]) == "a"
 
 
 def test_code_in_a_directory_is_refused(tmp_path):
