@@ -31,12 +31,8 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def for_step(self, step: int, prompts_per_step: int, seed: int, layout: ParallelLayout) -> list[Prompt]:
-        """This data rank's prompts of step `step`: a contiguous part of the step's global list. Epochs follow each other without a gap."""
-        return self.from_position(step * prompts_per_step, prompts_per_step, seed, layout)
-
     def from_position(self, position: int, count: int, seed: int, layout: ParallelLayout) -> list[Prompt]:
-        """This data rank's part of the `count` prompts after the first `position` of the run."""
+        """This data rank's contiguous part of the `count` prompts after the first `position` of the run; epochs follow without a gap."""
         share = equal_share(count, layout, "rollout.prompts_per_step")
         return [self.prompts[i] for i in rows_at(position, count, len(self.prompts), seed, Purpose.PROMPTS)[share]]
 

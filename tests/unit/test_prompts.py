@@ -26,6 +26,11 @@ def ids(prompts):
     return [prompt.prompt_id for prompt in prompts]
 
 
+def for_step(prompts, step, size, seed, layout):
+    """What a run of `size` prompts a step reads in step `step`."""
+    return prompts.from_position(step * size, size, seed, layout)
+
+
 def test_prompts_carry_tokens_answer_and_file_position(ten, tokenizer):
     prompt = ten.prompts[3]
     assert (prompt.prompt_id, prompt.text, prompt.answer) == (3, "3+3=", "6")
@@ -33,10 +38,10 @@ def test_prompts_carry_tokens_answer_and_file_position(ten, tokenizer):
 
 
 def test_every_epoch_is_another_permutation_of_the_file(ten):
-    epochs = [ids(ten.for_step(step, 10, seed=4, layout=ONE)) for step in range(3)]
+    epochs = [ids(for_step(ten, step, 10, seed=4, layout=ONE)) for step in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != list(range(10))
-    assert epochs[0] != ids(ten.for_step(0, 10, seed=5, layout=ONE))
+    assert epochs[0] != ids(for_step(ten, 0, 10, seed=5, layout=ONE))
 
 
 def test_the_order_never_changes_between_versions():
@@ -46,9 +51,9 @@ def test_the_order_never_changes_between_versions():
 
 
 def test_steps_of_any_size_cut_the_same_stream(ten):
-    stream = ids(ten.for_step(0, 40, seed=0, layout=ONE))
+    stream = ids(for_step(ten, 0, 40, seed=0, layout=ONE))
     for size in (1, 4, 7):
-        cut = [i for step in range(40 // size + 1) for i in ids(ten.for_step(step, size, seed=0, layout=ONE))]
+        cut = [i for step in range(40 // size + 1) for i in ids(for_step(ten, step, size, seed=0, layout=ONE))]
         assert cut[:40] == stream
     assert ids(ten.from_position(17, 6, seed=0, layout=ONE)) == stream[17:23]
     assert rows_at(17, 6, 10, 0, Purpose.PROMPTS) == stream[17:23]
@@ -56,11 +61,11 @@ def test_steps_of_any_size_cut_the_same_stream(ten):
 
 @pytest.mark.parametrize("tensor, pipeline, world", [(1, 1, 4), (2, 2, 8), (2, 1, 8), (1, 2, 4)])
 def test_data_ranks_hold_contiguous_parts_of_one_global_list(ten, tensor, pipeline, world):
-    whole = ids(ten.for_step(5, 12, seed=1, layout=ONE))
+    whole = ids(for_step(ten, 5, 12, seed=1, layout=ONE))
     layout = ParallelLayout(tensor, pipeline, world)
     parts = {}
     for rank in range(world):
-        mine = ids(ten.for_step(5, 12, seed=1, layout=layout.at(rank)))
+        mine = ids(for_step(ten, 5, 12, seed=1, layout=layout.at(rank)))
         assert parts.setdefault(layout.at(rank).dp_rank, mine) == mine, "all ranks of a replica see the same prompts"
     assert [i for dp in range(layout.data) for i in parts[dp]] == whole
 
@@ -74,7 +79,7 @@ def test_evaluation_reads_the_head_of_the_file_once(ten):
 
 def test_a_step_that_does_not_divide_over_the_replicas_is_refused(ten):
     with pytest.raises(LayoutError, match="rollout.prompts_per_step is 7; expected a multiple of the 4"):
-        ten.for_step(0, 7, seed=0, layout=ParallelLayout(1, 1, 4))
+        for_step(ten, 0, 7, seed=0, layout=ParallelLayout(1, 1, 4))
 
 
 def test_overlong_prompts_follow_the_policy(tmp_path, tokenizer):
