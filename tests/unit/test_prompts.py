@@ -133,4 +133,11 @@ def test_lines_that_cannot_be_prompts_are_named(tmp_path, tokenizer, row, chat, 
         PromptSet(PromptData(path=path, chat_template=chat), tokenizer, needs_answers)
 
 
+def test_prompt_and_answer_may_have_other_names(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "p.jsonl", [{"question": "1+1=", "solution": 2, "answer": "no"}])
+    data = PromptData(path=path, prompt_key="question", answer_key="solution")
+    (prompt,) = PromptSet(data, tokenizer, needs_answers=True).prompts
+    assert (prompt.text, prompt.answer) == ("1+1=", "2")
+
+
 ORDER_OF_SIX = [4, 5, 3, 1, 0, 2]

@@ -1,0 +1,65 @@
+"""`assign_credit` does what its knobs say: the estimator of the KL, its coefficient, no whitening, the value after a cut response."""
+
+import math
+
+import pytest
+import torch
+
+from megarl.config import PpoConfig
+from megarl.ppo.credit import assign_credit
+from megarl.records import RolloutBatch
+
+OLD, REF = [-1.0, -2.0, -0.5], [-1.5, -1.0, -0.5]
+VALUES = [0.25, -0.5, 1.0]
+ESTIMATES = {
+    "k1": lambda x: x,
+    "abs": abs,
+    "k2": lambda x: x * x / 2,
+    "k3": lambda x: math.exp(-x) - 1 + x,
+}
+
+
+def cut_response() -> RolloutBatch:
+    """One sequence: two prompt tokens, three of a response that the length limit cut, one of padding."""
+    return RolloutBatch(
+        token_ids=torch.zeros(1, 6, dtype=torch.int64),
+        lengths=torch.tensor([5]),
+        response_mask=torch.tensor([[False, False, True, True, True, False]]),
+        rollout_logprobs=torch.zeros(1, 6),
+        rewards=torch.tensor([3.0]),
+        truncated=torch.tensor([True]),
+        group_ids=torch.tensor([0]),
+        sample_ids=torch.tensor([0]),
+    )
+
+
+def row(numbers: list[float], outside: float = 0.0) -> torch.Tensor:
+    return torch.tensor([[outside, outside, *numbers, outside]])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATES)
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_credit_is_the_loop(estimator, bootstrap):
+    gamma, lam, coef = 0.9, 0.8, 0.5
+    config = PpoConfig(
+        total_steps=1,
+        minibatch_size=1,
+        gamma=gamma,
+        lam=lam,
+        whiten=False,
+        reward_clip=2.0,
+        bootstrap_truncated=bootstrap,
+        kl={"estimator": estimator, "coef": 7.0},  # the start value; this step's is an argument
+    )
+    found = assign_credit(cut_response(), row(OLD, 9.0), row(REF, -9.0), row(VALUES, 9.0), config, coef, group=None)
+    rewards = [-coef * ESTIMATES[estimator](old - ref) for old, ref in zip(OLD, REF)]
+    rewards[-1] += 2.0  # clipped from 3
+    advantages, following, running = [], VALUES[-1] if bootstrap else 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(VALUES)):
+        running = reward + gamma * following - value + gamma * lam * running
+        following = value
+        advantages.insert(0, running)
+    torch.testing.assert_close(found.token_rewards, row(rewards))
+    torch.testing.assert_close(found.advantages, row(advantages))
+    torch.testing.assert_close(found.returns, row([a + v for a, v in zip(advantages, VALUES)]))
+    torch.testing.assert_close(found.values, row(VALUES))
