@@ -64,6 +64,15 @@ def test_install_leaves_a_directory_of_the_user_alone(tmp_path: Path) -> None:
     assert done.returncode == 2 and [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_install_without_an_index_is_one_clear_line_every_time(tmp_path: Path) -> None:
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "1"}
+    for _ in range(2):  # the second call finds what the first one left
+        done = run(["bash", "launch/install.sh"], MEGARL_VENV=str(tmp_path / "venv"), no_proxy="*", **nowhere)
+        progress, fault = done.stderr.splitlines()
+        assert done.returncode == 2 and progress == "megarl: installing torch (1/4)"
+        assert "no package index answers (offline?)" in fault and "install.log" in fault
+
+
 @pytest.mark.parametrize(("what", "code", "line"), [("fine", 0, ""), ("mistake", 2, ""), ("killed", 137, "rank 1")])
 def test_launcher_passes_on_how_ranks_ended(tmp_path: Path, what: str, code: int, line: str) -> None:
     (tmp_path / "rank_program.py").write_text(RANK)
