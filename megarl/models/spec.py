@@ -78,7 +78,7 @@ class ModelSpec:
     qkv_bias: bool
     qk_norm: bool  # RMSNorm of every query and key head
     max_positions: int
-    hf_config: dict[str, Any] = field(repr=False)  # config.json as read
+    hf_config: dict[str, Any] = field(repr=False)  # config.json as read, with the end tokens of generation_config.json
     make_table: Callable[["ModelSpec", Role], WeightTable] = field(repr=False, compare=False)  # the family's
 
     def table(self, role: Role) -> WeightTable:
