@@ -112,7 +112,10 @@ class _Stream:
     def _nothing(self, *args, **kwargs) -> None:
         pass
 
-    wait_stream = wait_event = record = record_event = synchronize = wait = _nothing
+    wait_stream = wait_event = record = synchronize = wait = _nothing
+
+    def record_event(self, *args, **kwargs) -> "_Stream":
+        return self
 
 
 def _stand_in_for_streams() -> None:
@@ -138,12 +141,13 @@ def _stand_in_for_random_states() -> None:
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """`factory`, except that a device called "cuda" means the CPU."""
+    """`factory`, except that a device called "cuda" means the CPU, and that memory is never pinned."""
 
     @functools.wraps(factory)
     def on_cpu(*args, **kwargs):
         if kwargs.get("device") == "cuda":
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # needs a GPU's driver
         return factory(*args, **kwargs)
 
     return on_cpu
