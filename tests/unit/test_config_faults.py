@@ -39,8 +39,8 @@ CASES = [
         "nothing near",
         (
             HERE
-            + "parallel.zzzz: unknown key; expected one of tensor, pipeline, sequence, microbatch_size, recompute, distributed_optimizer,"
-            " logits_bytes, timeout_s",
+            + "parallel.zzzz: unknown key; expected one of tensor, pipeline, virtual_pipeline, context, expert, sequence, microbatch_size,"
+            " max_tokens_per_microbatch, recompute, distributed_optimizer, logits_bytes, head, timeout_s",
         ),
         ("parallel.zzzz=1",),
     ),
@@ -85,8 +85,8 @@ CASES = [
     Case(
         "null for a section",
         (
-            HERE + "parallel: found nothing; expected a section with the keys tensor, pipeline, sequence, microbatch_size,"
-            " recompute, distributed_optimizer, logits_bytes, timeout_s",
+            HERE + "parallel: found nothing; expected a section with the keys tensor, pipeline, virtual_pipeline, context, expert, sequence,"
+            " microbatch_size, max_tokens_per_microbatch, recompute, distributed_optimizer, logits_bytes, head, timeout_s",
         ),
         ("parallel=null",),
     ),
@@ -134,16 +134,16 @@ CASES = [
     Case(
         "layout x world size",
         (
-            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 6 ranks: change parallel.tensor or"
-            " parallel.pipeline, or the number of ranks",
+            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 6 ranks: change parallel.tensor,"
+            " parallel.pipeline or parallel.context, or the number of ranks",
         ),
         flags=("--check", "--world", "6"),
     ),
     Case(
         "cluster too small",
         (
-            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 2 ranks: change parallel.tensor or"
-            " parallel.pipeline, or the number of ranks",
+            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 2 ranks: change parallel.tensor,"
+            " parallel.pipeline or parallel.context, or the number of ranks",
         ),
         ("cluster={nodes: 1, ranks_per_node: 2}",),
     ),
@@ -162,6 +162,31 @@ CASES = [
         "sequence parallel alone",
         (HERE + "parallel.sequence: found true with parallel.tensor 1; expected false, or parallel.tensor of at least 2",),
         ("parallel={sequence: true, microbatch_size: 4}",),
+    ),
+    Case(
+        "virtual pipeline without stages",
+        (
+            HERE + "parallel.virtual_pipeline: found 2 with parallel.pipeline 1; expected 1, or parallel.pipeline of at least 2: chunks take"
+            " turns only where there are stages to take turns with",
+        ),
+        ("parallel.pipeline=1", "parallel.virtual_pipeline=2"),
+    ),
+    Case(
+        "more chunks than layers",
+        (
+            HERE + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: actor has 4 layers, too few for 6 chunks",
+            HERE + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: critic has 4 layers, too few for 6 chunks",
+        ),
+        ("parallel.virtual_pipeline=3",),
+    ),
+    Case(
+        "context x world size",
+        (
+            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 3 = 12 ranks a replica does not divide the world of 8 ranks: change parallel.tensor,"
+            " parallel.pipeline or parallel.context, or the number of ranks",
+        ),
+        ("parallel.context=3",),
+        flags=("--check", "--world", "8"),
     ),
     Case(
         "minibatches do not make up the rollout",
