@@ -3,8 +3,11 @@
 import argparse
 import json
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -22,16 +25,33 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
             print("|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
 
 
-def main(name: str, description: str, measure: Callable[[bool], Mapping[str, Any]]) -> None:
+def alternating(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each contender: the median of `repeats` runs that take turns, after one turn to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def main(
+    name: str, description: str, measure: Callable[..., Mapping[str, Any]], options: Mapping[str, dict] = MappingProxyType({})
+) -> None:
     """Command line of a benchmark: `python -m benchmarks.NAME [--quick] [--json PATH]`.
 
-    `measure(quick)` returns what goes to JSON; entries that are lists of rows are also printed as tables, others as lines.
+    `options` are further ones, by name, with argparse's settings. `measure(quick, **options)` returns what goes to JSON; entries that
+    are lists of rows are also printed as tables, others as lines.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="smaller and less exact")
     parser.add_argument("--json", type=Path, help="write the numbers there")
+    for option, settings in options.items():
+        parser.add_argument(f"--{option}", **settings)
     arguments = parser.parse_args()
-    result = dict(measure(arguments.quick))
+    result = dict(measure(arguments.quick, **{option: getattr(arguments, option) for option in options}))
     for key, value in result.items():
         if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
             print_table(key, value)

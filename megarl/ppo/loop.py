@@ -42,7 +42,7 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
         # learn: several passes over the same experience; the critic alone at first
         is_policy_updated = state.step >= run.ppo.critic_warmup_steps
         with parts.memory.learning(), metrics.time("learn"):
-            for minibatch in minibatches(experience, run.ppo, run.seed, state.step, layout):
+            for minibatch in minibatches(experience, run.ppo, run.seed, state.step, layout, parts.actor.learner.packing):
                 metrics += parts.critic.update(minibatch)
                 if is_policy_updated:
                     metrics += parts.actor.update(minibatch)
