@@ -169,9 +169,9 @@ def row(name: str, vocab_size: int, num_rows: int, num_steps: int) -> dict[str, 
 
 
 def simulated_ratio(head_layers: float, num_microbatches: int) -> float:
-    """Makespans of both schedules at latency 0. The head's backward computes its logits again: four forwards in all, not three."""
-    head = head_layers * RESPONSE / (PROMPT + RESPONSE) * 4 / 3
-    stock, shared = last_stage_costs((LAYERS / 2,) * 2, head), sharded_costs((LAYERS / 2,) * 2, head)
+    """Makespans of both schedules at latency 0. On the last stage backward computes the logits again: four forwards in all, not three."""
+    head = head_layers * RESPONSE / (PROMPT + RESPONSE)
+    stock, shared = last_stage_costs((LAYERS / 2,) * 2, head * 4 / 3), sharded_costs((LAYERS / 2,) * 2, head)
     stock_time = simulate(plan_schedule(stock, num_microbatches, in_flight_bounds(2, 0), "BHF"), stock).makespan
     return stock_time / simulate(plan_schedule(shared, num_microbatches), shared).makespan
 

@@ -81,8 +81,8 @@ class StageSharing:
         return HeadReplica(model, self.layout, is_learning)
 
     def costs(self, selected: float, is_learning: bool) -> StageCosts:
-        """Layer-forwards of each operation. A backward is two forwards; the head computes its logits again in backward."""
-        share = self.head_layers * selected * (4 if is_learning else 1) / len(self.layers)
+        """Layer-forwards of each operation. A backward is two forwards."""
+        share = self.head_layers * selected * (3 if is_learning else 1) / len(self.layers)
         backward = (3 if self.recomputes_layers else 2) if is_learning else 0
         return StageCosts(
             forward=tuple(map(float, self.layers)),
@@ -167,6 +167,7 @@ class VocabularyShares(_TokenShares):
             temperature=self.temperature,
             rows_per_slice=max(1, self.logits_bytes // (4 * len(weight))),
             group=parallel_state.get_tensor_model_parallel_group(),
+            keeps_slice=True,  # a share's backward follows its loss
         )
         targets = share.rows.sequences().token_ids.flatten()[share.targets]
         stats = vocabulary_stats(copy_to_tensor_model_parallel_region(hidden), weight, targets, shard, with_entropy)

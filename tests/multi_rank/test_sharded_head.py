@@ -37,6 +37,7 @@ ON_TWO = [
     Case(SHARED | {"microbatch_size": 1}, ppo=SEQUENCE_MEAN),
     Case(SHARED | {"recompute": "full", "logits_bytes": LOGITS_BYTES}, model=TIED.model),
     Case(SHARED, precision="bf16", model=TIED.model),
+    Case(SHARED | {"max_tokens_per_microbatch": 32, "microbatch_size": 1}),
     Case({"pipeline": 2, "head": "last_stage", "logits_bytes": LOGITS_BYTES}),
 ]
 ON_FOUR = [
