@@ -121,6 +121,12 @@ def test_the_configurations_we_ship_fit_their_clusters(monkeypatch, path):
     assert all("does not exist" in notice for notice in inspection.notices), inspection.notices
 
 
+def test_packed_microbatches_are_counted_at_most(tmp_path):
+    """16 sequences a minibatch of at most 32 tokens, two in a pack of 80 (tensor 2: a multiple of 16); the divisor rule is off."""
+    inspection = inspect("ppo", write_run(tmp_path), ["parallel.max_tokens_per_microbatch=80", "parallel.microbatch_size=5"])
+    assert "2 minibatches x at most 8 microbatches of 80 tokens x data 1" in dict(arithmetic(inspection))["batch"]
+
+
 def test_world_sizes_come_from_the_nearest_place(tmp_path):
     path = write_run(tmp_path)
     assert inspect("ppo", path, []).world_size == 4

@@ -222,6 +222,32 @@ CASES = [
         ),
         ("rollout.max_response_tokens=49",),
     ),
+    Case(
+        "a pack smaller than a sequence",
+        (
+            HERE
+            + "parallel.max_tokens_per_microbatch: found 31; expected 0 (no packing) or at least 32: data.max_prompt_tokens 16 +"
+            " rollout.max_response_tokens 16 = 32 tokens",
+        ),
+        ("parallel.max_tokens_per_microbatch=31",),
+    ),
+    Case(
+        "a pack smaller than a pair",
+        (
+            HERE
+            + "parallel.max_tokens_per_microbatch: found 120; expected 0 (no packing) or at least 128: data.max_tokens: found 64, and a pair"
+            " is two of them",
+        ),
+        ("parallel.max_tokens_per_microbatch=120",),
+        kind="reward",
+    ),
+    Case(
+        "packs under context parallelism",
+        (
+            HERE + "parallel.max_tokens_per_microbatch: found 64 with parallel.context 2; expected 0: context ranks share no packed sequences",
+        ),
+        ("parallel={context: 2, max_tokens_per_microbatch: 64}", "rollout.tensor_parallel=1"),
+    ),
     Case("no reward", (HERE + "rewards: found an empty list; expected at least one part, such as {kind: exact}",), ("rewards=[]",)),
     Case(
         "reward without weight",
