@@ -189,7 +189,8 @@ def _experts(spec: ModelSpec, expert: int) -> str:
     assert spec.mixture is not None
     total, active = spec.num_parameters("actor"), spec.num_active_parameters("actor")
     chosen, count = spec.mixture.experts_per_token, spec.mixture.num_experts
-    return f"{count} a layer, {count // expert} on a rank, {chosen} for a token: {active:,} of {total:,} parameters ({active / total:.0%}) active"
+    words = f"{count} a layer, {count // expert} on a rank, {chosen} for a token"
+    return f"{words}: {active:,} of {total:,} parameters ({active / total:.0%}) active"
 
 
 def _axes(layout: ParallelLayout) -> str:

@@ -141,7 +141,8 @@ def _mixtures(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
             yield Fault((knob, *_named(key)), f"{knob}: found {balance:g}; expected 0: {key} is dense, it has no router to balance")
     if expert > 1 and specs and all(spec.mixture is None for spec in specs.values()):
         names = tuple(name for key in specs for name in _named(key))
-        yield Fault(("parallel.expert", *names), f"parallel.expert: found {expert}; expected 1: no model of this run is a mixture of experts")
+        text = f"parallel.expert: found {expert}; expected 1: no model of this run is a mixture of experts"
+        yield Fault(("parallel.expert", *names), text)
 
 
 def _tensor_fits(knob: str, tensor: int, model: str, spec: ModelSpec) -> Iterator[Fault]:

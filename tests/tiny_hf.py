@@ -101,8 +101,8 @@ def as_on_disk(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, t
     for name, tensor in tensors.items():
         prefix, _, what = name.rpartition(".mlp.")
         if what == "experts.gate_up_proj":
-            halves = tensor.chunk(2, dim=1)
-            result |= {f"{prefix}.{block}.experts.{i}.{n}.weight": half[i] for n, half in zip((gate, up), halves) for i in range(len(tensor))}
+            for part, half in zip((gate, up), tensor.chunk(2, dim=1), strict=True):
+                result |= {f"{prefix}.{block}.experts.{i}.{part}.weight": half[i] for i in range(len(tensor))}
         elif what == "experts.down_proj":
             result |= {f"{prefix}.{block}.experts.{i}.{down}.weight": tensor[i] for i in range(len(tensor))}
         else:

@@ -1,7 +1,7 @@
 """The families megarl knows, and the way from a Hugging Face directory to a `ModelSpec`. Pure: no torch, no Megatron.
 
-To add a family, write one file like `qwen3.py`: a config translation, and a weight table where `dense_decoder` and `sparse_decoder` do not serve; then list
-it in `FAMILIES`.
+To add a family, write one file like `qwen3.py`: a config translation, and a weight table where neither `dense_decoder` nor
+`sparse_decoder` serves; then list it in `FAMILIES`.
 """
 
 import json

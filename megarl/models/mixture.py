@@ -1,7 +1,7 @@
 """A mixture of experts: Megatron's layer, and the load-balancing loss of its router.
 
-**The loss.** For one sequence of n tokens in one layer, with E experts of which each token takes k: f_i = (times expert i was chosen) / (k n)
-is the load of expert i, P_i the mean over the tokens of its router probability (softmax over all E), and the loss is
+**The loss.** For one sequence of n tokens in one layer, with E experts of which each token takes k: f_i = (times expert i was chosen)
+/ (k n) is the load of expert i, P_i the mean over the tokens of its router probability (softmax over all E), and the loss is
 E * sum_i f_i P_i: 1 when the load is even, at most E / k. It is added over the layers, averaged over **the sequences of the minibatch**
 (all data-parallel ranks, all microbatches), and added to the loss with the coefficient `optimizer.router_balance`.
 Megatron calls it `seq_aux_loss` (Fedus et al. 2021, eq. 4, over a sequence instead of a batch, as in DeepSeek-V3, section 2.1.2). Its
@@ -52,7 +52,7 @@ class BalancedRouter(TopKRouter):
 
 
 class HostDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's dispatcher on a CPU host, where it forgets to turn the numbers of tokens to exchange from tensors into numbers."""
+    """Megatron's dispatcher on a CPU host, where nothing is copied from a device; that copy is where it makes numbers of tensors."""
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """bool[S B, E] choices of this rank's tokens -> i64[local experts] tokens that each expert of this rank gets."""
@@ -61,6 +61,9 @@ class HostDispatcher(MoEAlltoAllTokenDispatcher):
             if isinstance(splits := getattr(self, name), Tensor):
                 setattr(self, name, splits.numpy())
         return result
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+        return tokens_per_expert
 
 
 class MixtureLayer(MoELayer):
@@ -79,11 +82,13 @@ class MixtureLayer(MoELayer):
         return super().forward(hidden_states, intermediate_tensors)
 
 
-def sequence_balance(scores: Tensor, chosen: Tensor, sequence_of: Tensor, experts_per_token: int, group: dist.ProcessGroup | None) -> Tensor:
+def sequence_balance(
+    scores: Tensor, chosen: Tensor, sequence_of: Tensor, experts_per_token: int, group: dist.ProcessGroup | None
+) -> Tensor:
     """This rank's part of the sum over sequences of E * sum_i f_i P_i: the ranks of `group`, each with some of the tokens, add up to it.
 
-    Entered by every rank of `group`. Args: `scores` f32[N, E] router probabilities, `chosen` bool[N, E], `sequence_of` i64[N] numbers from 0,
-    -1 for tokens that do not count. Differentiable in `scores`.
+    Entered by every rank of `group`. Args: `scores` f32[N, E] router probabilities, `chosen` bool[N, E], `sequence_of` i64[N] numbers
+    from 0, -1 for tokens that do not count. Differentiable in `scores`.
     """
     num_sequences = (sequence_of.max() + 1).clamp(min=1)
     _reduce(num_sequences, group, dist.ReduceOp.MAX)

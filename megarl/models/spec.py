@@ -140,7 +140,7 @@ def stage_layers(num_layers: int, pipeline: int) -> tuple[int, ...]:
 
 
 def check_layout(spec: ModelSpec, tensor: int, pipeline: int, sequence: bool = False, expert: int = 1) -> None:
-    """Raise `LayoutError` when the model cannot be cut over `tensor` ranks, `pipeline` stages and `expert` ranks; names the key to change."""
+    """Raise `LayoutError` when the model does not fit `tensor` ranks, `pipeline` stages and `expert` ranks; names the key to change."""
     sizes = {"attention heads": spec.num_heads, "feed-forward width": spec.ffn_size, "hidden size": spec.hidden_size}
     if spec.mixture is not None:
         del sizes["feed-forward width"]  # experts stay whole
@@ -156,7 +156,7 @@ def check_layout(spec: ModelSpec, tensor: int, pipeline: int, sequence: bool = F
     if spec.mixture is not None and spec.mixture.num_experts % expert:
         raise LayoutError(f"parallel.expert is {expert} but a layer of the model has {spec.mixture.num_experts} experts; choose a divisor")
     if spec.mixture is not None and tensor > 1 and not sequence:
-        raise LayoutError(f"parallel.tensor is {tensor} and the model is a mixture of experts, which needs parallel.sequence: set it to true")
+        raise LayoutError(f"parallel.tensor is {tensor} for a mixture of experts, which needs parallel.sequence as well: set it to true")
     if sequence and tensor == 1:
         raise LayoutError("parallel.sequence is on with parallel.tensor 1; sequence parallelism needs parallel.tensor of at least 2")
 

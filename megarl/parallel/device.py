@@ -30,6 +30,7 @@ NOISE = (
     "The .grad attribute of a Tensor that is not a leaf",
     ".*is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
     "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of whole experts
     "If you are using transformer_engine as the transformer implementation",
 )
 
@@ -112,10 +113,7 @@ class _Stream:
     def _nothing(self, *args, **kwargs) -> None:
         pass
 
-    wait_stream = wait_event = record = synchronize = wait = _nothing
-
-    def record_event(self, *args, **kwargs) -> "_Stream":
-        return self
+    wait_stream = wait_event = record = record_event = synchronize = wait = _nothing
 
 
 def _stand_in_for_streams() -> None:

@@ -34,7 +34,12 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     """
     rank, world_size, local_rank = rank_from_environment()
     layout = ParallelLayout(
-        tensor=parallel.tensor, pipeline=parallel.pipeline, world_size=world_size, rank=rank, context=parallel.context, expert=parallel.expert
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        world_size=world_size,
+        rank=rank,
+        context=parallel.context,
+        expert=parallel.expert,
     )
     if device.is_cuda():
         if local_rank >= torch.cuda.device_count():

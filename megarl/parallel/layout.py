@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from megarl.errors import LayoutError
 
-
 # Experts stay whole: Megatron could cut each over tensor-parallel ranks, too, but the experts of today's mixtures are narrow, and a
 # mixture with wide ones gets the same memory from more expert-parallel ranks, which may be tensor-parallel neighbours.
 EXPERT_TENSOR_PARALLEL_SIZE = 1
@@ -97,7 +96,10 @@ class ParallelLayout:
         return ((pp * self.data + dp) * self.context + cp) * self.tensor + tp
 
     def ranks_along(self, axis: str) -> tuple[int, ...]:
-        """Ranks that differ from this one only on `axis`: `tp`, `cp`, `dp`, `pp`, or `model` (the whole replica); with `ep`, those it shares experts with."""
+        """Ranks that differ from this one only on `axis`: `tp`, `cp`, `dp`, `pp`, or `model` (the whole replica).
+
+        With `ep`: those among which the experts of a layer are shared out.
+        """
         mine = {"tp": self.tp_rank, "cp": self.cp_rank, "dp": self.dp_rank, "pp": self.pp_rank}
         sizes = {"tp": self.tensor, "cp": self.context, "dp": self.data, "pp": self.pipeline}
         if axis == "model":

@@ -99,7 +99,7 @@ def _share(
 
     def forward(model: torch.nn.Module, rows: Any) -> Tensor:
         inputs = model_input(microbatches.sequences(rows), num_positions)
-        return model(inputs.token_ids, inputs.position_ids, None, packed_seq_params=inputs.packed)
+        return model(inputs.token_ids, inputs.position_ids, sequence_of=inputs.sequence_of, packed_seq_params=inputs.packed)
 
     loop = StageLoop(model, microbatches, head, sharing, forward, microbatches.sequences, hidden_shape, loss_function)
     loop.run()

@@ -64,7 +64,8 @@ def test_the_fused_projection_goes_group_by_group():
 
 def test_the_norm_before_a_mixture_has_two_names():
     table = spec_from_hf_config(tiny_config("mixtral").to_dict()).table("actor")
-    fused, alone = (table.segments(f"decoder.layers.{key}", (1,)) for key in ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"))
+    keys = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    fused, alone = (table.segments(f"decoder.layers.{key}", (1,)) for key in keys)
     assert fused == alone and alone[0].hf_name == "model.layers.1.post_attention_layernorm.weight"
 
 
