@@ -74,6 +74,16 @@ def test_the_smallest_world_fits_both_layouts(tensor, pipeline, generator):
     assert smallest_world(run) == worlds[0]
 
 
+def test_context_ranks_and_virtual_stages_are_counted(tmp_path):
+    path = write_run(tmp_path)
+    inspection = inspect("ppo", path, ["parallel.context=2", "parallel.virtual_pipeline=2", "parallel.microbatch_size=2"], 16)
+    rows = dict(arithmetic(inspection))
+    assert rows["layout"] == "tensor 2 x pipeline 2 x context 2 x data 2 = 16 ranks"
+    assert rows["pipeline"] == "2 stages x 2 chunks, 4 microbatches: idle for 11% of an update"
+    one = inspect("ppo", path, ["parallel.virtual_pipeline=2", "parallel.microbatch_size=16"], 4)
+    assert any("filled up with empty ones to a multiple of the 2 stages" in notice for notice in one.notices)
+
+
 @pytest.mark.parametrize("name, actor", [("llama3-70b", 70_553_706_496), ("llama3-8b", 8_030_261_248)])
 def test_published_parameter_counts(name, actor):
     spec = read_spec(CONFIGS / "models" / name)
