@@ -1,15 +1,15 @@
 """Context parallelism and virtual pipeline stages: the same answers, gradients, updates and metrics as one rank."""
 
-from dataclasses import replace
-
 import pytest
 
 from tests.multi_rank.role_cases import Case, run_cases
+from tests.multi_rank.test_moe import QWEN3_MOE
 from tests.multi_rank.test_roles_invariance import QWEN3, assert_same, by_case
 from tests.ranks import run_ranks
 
 LLAMA5 = {"num_hidden_layers": 5}  # over four chunks: 2, 1, 1, 1
 QWEN3_TIED = QWEN3.model | {"tie_word_embeddings": True, "num_hidden_layers": 4}
+BALANCED = {"router_balance": 0.5}
 ON_TWO = [
     Case({"context": 2}),
     Case({"context": 2, "recompute": "selective", "distributed_optimizer": False, "microbatch_size": 3}, model=QWEN3.model),
@@ -29,11 +29,15 @@ ON_FOUR_SLOW = [
     Case({"context": 2, "pipeline": 2, "virtual_pipeline": 2}, model=QWEN3_TIED),
     Case({"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 2}, model=LLAMA5),
     Case({"context": 2, "distributed_optimizer": False}, precision="bf16"),
+    Case({"pipeline": 2, "virtual_pipeline": 2, "max_tokens_per_microbatch": 32}, model=LLAMA5),  # packed
+    Case({"context": 2, "expert": 2, "microbatch_size": 3}, optimizer=BALANCED, model=QWEN3_MOE),
+    Case({"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, optimizer=BALANCED, model=QWEN3_MOE | {"num_hidden_layers": 4}),
+    Case({"tensor": 2, "sequence": True, "context": 2, "expert": 4}, optimizer=BALANCED, model=QWEN3_MOE),
 ]
 
 
 def on_one(case: Case) -> Case:
-    return Case(ppo=case.ppo, model=case.model, precision=case.precision)
+    return Case(ppo=case.ppo, optimizer=case.optimizer, model=case.model, precision=case.precision)
 
 
 @pytest.fixture(scope="module")
