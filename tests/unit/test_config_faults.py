@@ -172,6 +172,16 @@ CASES = [
         ("parallel.pipeline=1", "parallel.virtual_pipeline=2"),
     ),
     Case(
+        "a shared head without stages",
+        (HERE + "parallel.head: found sharded with parallel.pipeline 1; expected auto or last_stage, or parallel.pipeline of at least 2",),
+        ("parallel.pipeline=1", "parallel.head=sharded"),
+    ),
+    Case(
+        "a shared head with chunks",
+        (HERE + "parallel.head: found sharded with parallel.virtual_pipeline 2; expected auto or last_stage (or virtual_pipeline 1)",),
+        ("parallel.virtual_pipeline=2", "parallel.head=sharded"),
+    ),
+    Case(
         "more chunks than layers",
         (
             HERE + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: actor has 4 layers, too few for 6 chunks",
