@@ -23,7 +23,8 @@ from megarl.config import OptimizerConfig, ParallelConfig
 from megarl.course.sft import imitation_loss
 from megarl.data.batching import collate_demonstrations
 from megarl.data.demonstrations import Demonstration
-from megarl.data.packing import TILE, Cost, dealt, packed
+from megarl.data.pack_size import TILE
+from megarl.data.packing import Cost, dealt, packed
 from megarl.metrics import Metrics
 from megarl.models.build import build_model
 from megarl.models.family import spec_from_hf_config

@@ -15,7 +15,7 @@ from rich.table import Table
 from megarl.config import PpoRun, Run
 from megarl.config_file import draft_run, to_yaml
 from megarl.cross_check import cross_check, layout_of, longest_row, longest_sequence, smallest_world, started_on
-from megarl.data.packing import token_budget
+from megarl.data.pack_size import token_budget
 from megarl.errors import ConfigError
 from megarl.models.family import ModelSpec, Role
 from megarl.parallel.layout import ParallelLayout

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from megarl.config import LessonData, PpoRun, RewardRun, Run, SftRun
 from megarl.config_file import RUNS, Fault
-from megarl.data.packing import TILE, token_budget
+from megarl.data.pack_size import TILE, token_budget
 from megarl.errors import LayoutError
 from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout

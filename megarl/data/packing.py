@@ -10,10 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megarl.config import ParallelConfig
-
-TILE = 8  # a pack is padded to a multiple of this many tokens on every tensor-parallel rank: aligned for tensor cores
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -26,12 +22,6 @@ class Cost:
         lengths = np.asarray(lengths, dtype=np.float64)
         work = lengths + self.quadratic * lengths**2
         return work if work.ndim == 1 else work.sum(axis=1)
-
-
-def token_budget(parallel: ParallelConfig) -> int:
-    """Real tokens that fit in a microbatch of `max_tokens_per_microbatch`: the multiple of the tile below it."""
-    tile = TILE * parallel.tensor
-    return parallel.max_tokens_per_microbatch // tile * tile
 
 
 def packed(tokens: Sequence[int], costs: Sequence[float], max_tokens: int, count_multiple: int = 1) -> list[np.ndarray]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megarl.config import ParallelConfig
-from megarl.data.packing import Cost, token_budget
+from megarl.data.pack_size import token_budget
+from megarl.data.packing import Cost
 from megarl.models.head_sharing import StageSharing
 from megarl.models.spec import ModelSpec, quadratic_cost
 from megarl.parallel import device, groups, pipeline

@@ -34,7 +34,8 @@ class ParallelLayout:
         if self.world_size % self.model_size:
             raise LayoutError(
                 f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} = {self.model_size} ranks a replica"
-                f" does not divide the world of {self.world_size} ranks: change parallel.tensor, parallel.pipeline or parallel.context, or the number of ranks"
+                f" does not divide the world of {self.world_size} ranks: change parallel.tensor, parallel.pipeline or parallel.context, or"
+                " the number of ranks"
             )
         if self.stage_size % self.expert:
             raise LayoutError(

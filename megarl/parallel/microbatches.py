@@ -30,7 +30,7 @@ Rows = TypeVar("Rows")  # a record with rows and `sequences()`: TokenBatch and i
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences share a microbatch: up to `max_tokens` (`data.packing.token_budget`), the work even by `cost`."""
+    """How sequences share a microbatch: up to `max_tokens` (`data.pack_size.token_budget`), the work even by `cost`."""
 
     max_tokens: int
     cost: Cost

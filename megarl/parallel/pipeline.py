@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.data.packing import TILE
+from megarl.data.pack_size import TILE
 from megarl.metrics import Metrics
 from megarl.parallel import context, device
 from megarl.parallel.microbatches import Microbatches, model_input

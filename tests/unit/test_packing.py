@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarl.config import ParallelConfig
-from megarl.data.packing import Cost, dealt, packed, token_budget
+from megarl.data.pack_size import token_budget
+from megarl.data.packing import Cost, dealt, packed
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=40)
 QUADRATIC = st.sampled_from([0.0, 1e-3, 0.1])
