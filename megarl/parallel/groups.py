@@ -15,7 +15,7 @@ from megarl.errors import LayoutError
 from megarl.parallel import device
 from megarl.parallel.layout import EXPERT_TENSOR_PARALLEL_SIZE, ParallelLayout
 from megarl.parallel.torchrun import rank_from_environment
-from megarl.parallel.wires import KINDS, Kind, Wire
+from megarl.parallel.wires import KINDS, Kind, Wire, connect
 
 device.prepare()
 
@@ -116,6 +116,8 @@ def _lay_wires(layout: ParallelLayout) -> None:
     if device.is_cuda() and layout.pipeline > 1:
         partition = sorted({layout.at(rank).ranks_along("pp") for rank in range(layout.world_size)})
         _wires.update({kind: Wire(new_group_of(partition), tag=0) for kind in KINDS})
+    if layout.pipeline > 1:
+        connect(wires(layout), layout.ranks_along("pp"), layout.pp_rank)
 
 
 def new_group_of(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:

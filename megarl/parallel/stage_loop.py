@@ -56,7 +56,7 @@ class StageLoop:
         self._replica = sharing.replica(model, loss_function is not None)
         num_selected = sum(len(share.positions) for shares in self._shares for share in shares)
         num_positions = hidden_shape[0] * hidden_shape[1] * len(microbatches)
-        selected = -(-num_selected * ROUNDING // num_positions) / ROUNDING
+        selected = min(ROUNDING, -(-num_selected * ROUNDING // num_positions)) / ROUNDING
         if layout.expert > 1:
             selected = 1.0  # replicas meet in the layers' experts: all must do the same in the same order, whatever their rows
         self._schedule = plan(sharing.costs(selected, loss_function is not None), len(microbatches))

@@ -4,7 +4,7 @@ A *wire* is one kind of message in one direction. Wires never wait for each othe
 tags and serialises what a pair of ranks says in one group, each has its process group (`groups.wires`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,29 @@ class Wire:
 
     group: dist.ProcessGroup
     tag: int
+
+
+def connect(wires: Mapping[Kind, Wire], ranks: Sequence[int], stage: int) -> None:
+    """A first message over every wire, pair by pair in one order. Called by every stage of a replica, whose `ranks` they are.
+
+    NCCL makes a connection with the first message between two ranks, for which both wait; in the order of a schedule stages would wait
+    for each other in a circle.
+    """
+    last = len(ranks) - 1
+    for kind in KINDS:
+        others = range(last)
+        pairs = {
+            "activations": [(other, other + 1) for other in others],
+            "gradients": [(other + 1, other) for other in others],
+            "dealt": [(last, other) for other in others],
+            "returned": [(other, last) for other in others],
+        }[kind]
+        for source, destination in pairs:
+            message = torch.zeros(1, device=device.device())
+            if stage == source:
+                dist.isend(message, dst=ranks[destination], group=wires[kind].group, tag=wires[kind].tag).wait()
+            elif stage == destination:
+                dist.irecv(message, src=ranks[source], group=wires[kind].group, tag=wires[kind].tag).wait()
 
 
 class Outbox:
