@@ -103,10 +103,14 @@ def run_shared(rank: int, world_size: int, cases: list[Case]) -> list[dict]:
     return results
 
 
+def on_one_rank(of: list[Case]) -> dict[str, list[dict]]:
+    cases = {repr(alone(case)): alone(case) for case in of}
+    return dict(zip(cases, by_case(run_ranks(run_shared, 1, list(cases.values()))), strict=True))
+
+
 @pytest.fixture(scope="module")
 def one_rank() -> dict:
-    cases = {repr(alone(case)): alone(case) for case in [*ON_TWO, *ON_FOUR, *ON_EIGHT]}
-    return dict(zip(cases, by_case(run_ranks(run_shared, 1, list(cases.values()))), strict=True))
+    return on_one_rank([*ON_TWO, *ON_FOUR])
 
 
 def check(world_size: int, cases: list[Case], one_rank: dict) -> list[list[dict]]:
@@ -149,5 +153,5 @@ def test_four_ranks_agree_with_one_rank(one_rank):
 
 
 @pytest.mark.slow
-def test_eight_ranks_agree_with_one_rank(one_rank):
-    check(8, ON_EIGHT, one_rank)
+def test_eight_ranks_agree_with_one_rank():
+    check(8, ON_EIGHT, on_one_rank(ON_EIGHT))
