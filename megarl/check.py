@@ -14,7 +14,8 @@ from rich.table import Table
 
 from megarl.config import PpoRun, Run
 from megarl.config_file import draft_run, to_yaml
-from megarl.cross_check import cross_check, longest_sequence, smallest_world, started_on
+from megarl.cross_check import cross_check, layout_of, longest_row, longest_sequence, smallest_world, started_on
+from megarl.data.pack_size import token_budget
 from megarl.errors import ConfigError
 from megarl.models.family import ModelSpec, Role
 from megarl.parallel.layout import ParallelLayout
@@ -35,21 +36,27 @@ class Inspection:
 
     @property
     def layout(self) -> ParallelLayout:
-        return ParallelLayout(self.run.parallel.tensor, self.run.parallel.pipeline, self.world_size)
+        return layout_of(self.run, self.world_size)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The arithmetic of one optimizer step: `size` = microbatches x microbatch_size x data."""
+    """The arithmetic of one optimizer step: `size` = microbatches x microbatch_size x data.
+
+    With packing (`max_tokens`), these are the microbatches of the longest rows: real ones are fewer.
+    """
 
     size: int
     microbatches: int
     microbatch_size: int
     data: int
+    max_tokens: int = 0
 
-    @property
-    def words(self) -> str:
-        return f"{self.microbatches} microbatches x {self.microbatch_size} sequences x {self.data} data-parallel replicas"
+    def words(self, unit: str) -> str:
+        """How the batch is cut."""
+        if self.max_tokens:
+            return f"at most {self.microbatches} microbatches of {self.max_tokens} tokens x data {self.data}"
+        return f"{self.microbatches} microbatches x {self.microbatch_size} {unit} x data {self.data}"
 
 
 @dataclass(frozen=True)
@@ -85,22 +92,32 @@ def inspect(kind: str, path: Path, overrides: Sequence[str], world_size: int | N
 
 def batch_of(run: Run, world_size: int) -> Batch:
     """How one optimizer step is cut."""
-    layout = ParallelLayout(run.parallel.tensor, run.parallel.pipeline, world_size)
+    layout = layout_of(run, world_size)
     size = run.ppo.minibatch_size if isinstance(run, PpoRun) else run.train.batch_size
-    return Batch(size, size // layout.data // run.parallel.microbatch_size, run.parallel.microbatch_size, layout.data)
+    most, rows = run.parallel.max_tokens_per_microbatch, run.parallel.microbatch_size
+    if most:
+        rows = max(1, token_budget(run.parallel) // longest_row(run))
+    return Batch(size, math.ceil(size // layout.data / rows), rows, layout.data, most)
 
 
 def memory_of(run: Run, spec: ModelSpec, role: Role, data: int, is_trained: bool) -> Memory:
-    """Rough bytes on the heaviest rank: float32 gradients and, per parameter, float32 Adam moments and (in bf16) float32 masters."""
+    """Rough bytes on the heaviest of `data` ranks that share out the optimizer's state.
+
+    Float32 gradients and, per parameter, float32 Adam moments and (in bf16) float32 masters.
+    """
     shapes = spec.table(role).hf_shapes
-    layers = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name)
+    experts = spec.num_expert_parameters()
+    layers = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name) - experts
     ends = [math.prod(shape) for name, shape in shapes.items() if ".layers." not in name and len(shape) > 1]
     pipeline = run.parallel.pipeline
     outside = sum(ends) if pipeline == 1 else max(ends)
-    local = math.ceil((layers / pipeline + outside) / run.parallel.tensor)
+    split = math.ceil((layers / pipeline + outside) / run.parallel.tensor)
+    own_experts = math.ceil(experts / pipeline / run.parallel.expert)
+    local = split + own_experts
     width = 2 if run.precision == "bf16" else 4
-    shards = data if run.parallel.distributed_optimizer else 1
-    optimizer = local * (12 if run.precision == "bf16" else 8) // shards
+    if run.parallel.distributed_optimizer:  # ranks with the same experts are others than those with the same part of everything else
+        split, own_experts = split / data, own_experts / max(1, data * run.parallel.tensor // run.parallel.expert)
+    optimizer = int((split + own_experts) * (12 if run.precision == "bf16" else 8))
     whole = spec.num_parameters(role)
     return Memory(whole, local * width, local * 4 if is_trained else 0, optimizer if is_trained else 0)
 
@@ -123,11 +140,13 @@ def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
     """Names and sentences of the run's numbers."""
     run, layout = inspection.run, inspection.layout
     batch = batch_of(run, inspection.world_size)
+    mixtures = {key: spec for key, spec in inspection.specs.items() if spec.mixture is not None}
     longest, _, _ = longest_sequence(run)
     rows = [
         ("world", f"{inspection.world_size} ranks ({inspection.world_reason})"),
-        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {layout.world_size} ranks"),
+        ("layout", f"{_axes(layout)} = {layout.world_size} ranks"),
     ]
+    rows += [(f"experts of {key}", _experts(spec, layout.expert)) for key, spec in mixtures.items()]
     if isinstance(run, PpoRun):
         sequences = run.rollout.prompts_per_step * run.rollout.samples_per_prompt
         minibatches = sequences // batch.size
@@ -139,7 +158,7 @@ def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
             (
                 "batch",
                 f"prompts {run.rollout.prompts_per_step} x samples {run.rollout.samples_per_prompt} = {sequences} sequences ="
-                f" {minibatches} minibatches x {batch.microbatches} microbatches x {batch.microbatch_size} sequences x data {batch.data}",
+                f" {minibatches} minibatches x {batch.words('sequences')}",
             ),
             (
                 "optimizer steps",
@@ -153,15 +172,30 @@ def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
         rows += [
             (
                 "batch",
-                f"{batch.size} {unit} = {batch.microbatches} microbatches x {batch.microbatch_size} {unit} x data {batch.data}",
+                f"{batch.size} {unit} = {batch.words(unit)}",
             ),
             ("optimizer steps", f"{run.train.total_steps}, {run.train.total_steps * batch.size:,} {unit} in all"),
             ("tokens a step", f"at most {batch.size} x {longest}{' x 2' if unit == 'pairs' else ''}"),
         ]
     if layout.pipeline > 1:
-        idle = (layout.pipeline - 1) / (batch.microbatches + layout.pipeline - 1)
-        rows.append(("pipeline", f"{layout.pipeline} stages, {batch.microbatches} microbatches: idle for {idle:.0%} of an update"))
+        chunks = run.parallel.virtual_pipeline
+        idle = (layout.pipeline - 1) / (batch.microbatches * chunks + layout.pipeline - 1)
+        stages = f"{layout.pipeline} stages" + (f" x {chunks} chunks" if chunks > 1 else "")
+        rows.append(("pipeline", f"{stages}, {batch.microbatches} microbatches: idle for {idle:.0%} of an update"))
     return rows
+
+
+def _experts(spec: ModelSpec, expert: int) -> str:
+    assert spec.mixture is not None
+    total, active = spec.num_parameters("actor"), spec.num_active_parameters("actor")
+    chosen, count = spec.mixture.experts_per_token, spec.mixture.num_experts
+    words = f"{count} a layer, {count // expert} on a rank, {chosen} for a token"
+    return f"{words}: {active:,} of {total:,} parameters ({active / total:.0%}) active"
+
+
+def _axes(layout: ParallelLayout) -> str:
+    context = f" x context {layout.context}" if layout.context > 1 else ""
+    return f"tensor {layout.tensor} x pipeline {layout.pipeline}{context} x data {layout.data}"
 
 
 def _world(run: Run, world_size: int | None) -> tuple[int, str]:
@@ -176,11 +210,18 @@ def _notices(run: Run, world_size: int, specs: dict[str, ModelSpec]) -> list[str
     found = []
     batch = batch_of(run, world_size)
     for key, spec in specs.items():
-        if spec.num_layers % run.parallel.pipeline:
-            found.append(f"{spec.num_layers} layers of {key} over {run.parallel.pipeline} stages: the first ones get one more")
+        stages, chunks = run.parallel.pipeline, run.parallel.virtual_pipeline
+        if spec.num_layers % (stages * chunks):
+            parts = f"{stages} stages" if chunks == 1 else f"{stages} stages x {chunks} chunks"
+            found.append(f"{spec.num_layers} layers of {key} over {parts}: the first ones get one more")
     per_node = run.cluster.ranks_per_node if run.cluster is not None else None
     if per_node is not None and run.parallel.tensor > per_node:
         found.append(f"parallel.tensor {run.parallel.tensor} spans nodes of {per_node} ranks: every layer will wait for the network")
+    if run.parallel.virtual_pipeline > 1 and batch.microbatches % run.parallel.pipeline:
+        found.append(
+            f"{batch.microbatches} microbatches, filled up with empty ones to a multiple of the {run.parallel.pipeline} stages:"
+            " parallel.virtual_pipeline goes through them in rounds of that many"
+        )
     if batch.microbatches < run.parallel.pipeline:
         found.append(
             f"{batch.microbatches} microbatches keep a pipeline of {run.parallel.pipeline} stages mostly idle:"
@@ -209,7 +250,7 @@ def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
 
 
 def _print_memory(console: Console, inspection: Inspection) -> None:
-    run, data = inspection.run, inspection.layout.data
+    run, data = inspection.run, inspection.layout.data * inspection.layout.context  # ranks that share an optimizer's state
     table = _table(console, "Memory of the fullest rank, roughly; activations, buffers and KV cache come on top")
     for name in ("model", "parameters", "weights", "gradients", "optimizer", "sum"):
         table.add_column(name, justify="left" if name == "model" else "right")

@@ -41,11 +41,16 @@ class ParallelConfig(Section):
 
     tensor: Positive = 1  # tensor-parallel ranks a model
     pipeline: Positive = 1  # pipeline stages a model
+    virtual_pipeline: Positive = 1  # chunks of layers a stage; more than 1: Megatron's interleaved schedule
+    context: Positive = 1  # context-parallel ranks a model: every sequence's tokens are spread over them
+    expert: Positive = 1  # ranks that share out the experts of a mixture; a divisor of the ranks of a pipeline stage
     sequence: bool = False  # sequence parallelism: activations between tensor-parallel regions are split along tokens
     microbatch_size: Positive = 8  # sequences (pairs, for a reward model) a forward pass of one data-parallel replica
+    max_tokens_per_microbatch: NotNegative = 0  # sequences packed without padding up to so many tokens; 0: padded, microbatch_size of them
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward
     distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks (ZeRO-1)
     logits_bytes: Positive = 256 << 20  # largest block of float32 logits a rank ever holds
+    head: Literal["auto", "last_stage", "sharded"] = "auto"  # who runs the output layer and the loss; auto: all stages where it pays
     timeout_s: Positive = 600  # a collective that takes longer fails the run
 
 
@@ -60,6 +65,7 @@ class OptimizerConfig(Section):
     beta1: Beta = 0.9
     beta2: Beta = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-5
+    router_balance: Annotated[float, Field(ge=0)] = 0.0  # coefficient of the load-balancing loss of a mixture's routers
     clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 turns clipping off
 
 

@@ -3,15 +3,17 @@
 The rules are the ones that Megatron-Core, vLLM and the loop would otherwise break on minutes later, on all ranks at once.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 from megarl.config import LessonData, PpoRun, RewardRun, Run, SftRun
 from megarl.config_file import RUNS, Fault
+from megarl.data.pack_size import TILE, token_budget
 from megarl.errors import LayoutError
 from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
 
-LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "cluster")
+LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert", "cluster")
 VLLM_VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to this before it cuts it over its tensor-parallel ranks
 
 
@@ -21,9 +23,10 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
     Args: `world_size` ranks; `specs` the shape of each model by its dotted key (`actor`, `critic`, `reference`, `rewards.0`, `model`);
     a model whose shape is not known is left out and not judged.
     """
-    faults = [*_layout(run, world_size), *_sequence_parallel(run), *_models(run, specs), *_lengths(run, specs)]
-    fits = world_size % (run.parallel.tensor * run.parallel.pipeline) == 0
-    data = world_size // (run.parallel.tensor * run.parallel.pipeline) if fits else None
+    faults = [*_layout(run, world_size), *_sequence_parallel(run), *_virtual_pipeline(run), *_shared_head(run), *_packing(run)]
+    faults += [*_models(run, specs), *_mixtures(run, specs), *_lengths(run, specs)]
+    replica = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
+    data = world_size // replica if world_size % replica == 0 else None
     if isinstance(run, PpoRun):
         faults += [*_generation(run, world_size, specs), *_rewards(run), *_vocabularies(specs), *_kl(run), *_ppo_batch(run, data)]
     elif isinstance(run, SftRun | RewardRun):
@@ -52,9 +55,10 @@ def _launcher(run: Run, num_ranks: int) -> str:
 
 def smallest_world(run: Run) -> int:
     """The smallest number of ranks that the layout of a run fits."""
-    replica = run.parallel.tensor * run.parallel.pipeline
+    parallel = run.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
     generator = run.rollout.tensor_parallel if isinstance(run, PpoRun) else 1
-    return next(replica * data for data in range(1, generator + 1) if replica * data % generator == 0)
+    return math.lcm(replica, generator, parallel.pipeline * parallel.expert)
 
 
 def divisors(number: int) -> str:
@@ -68,9 +72,15 @@ def _named(model: str) -> tuple[str, str]:
     return f"{model}.path", f"{model}.shape"
 
 
+def layout_of(run: Run, world_size: int) -> ParallelLayout:
+    """How a run lies on `world_size` ranks. Raises LayoutError when it does not fit them."""
+    parallel = run.parallel
+    return ParallelLayout(parallel.tensor, parallel.pipeline, world_size, context=parallel.context, expert=parallel.expert)
+
+
 def _layout(run: Run, world_size: int) -> Iterator[Fault]:
     try:
-        ParallelLayout(tensor=run.parallel.tensor, pipeline=run.parallel.pipeline, world_size=world_size)
+        layout_of(run, world_size)
     except LayoutError as error:
         yield Fault(LAYOUT_KEYS, str(error))
 
@@ -81,16 +91,65 @@ def _sequence_parallel(run: Run) -> Iterator[Fault]:
         yield Fault(keys, "parallel.sequence: found true with parallel.tensor 1; expected false, or parallel.tensor of at least 2")
 
 
+def _virtual_pipeline(run: Run) -> Iterator[Fault]:
+    if run.parallel.virtual_pipeline > 1 and run.parallel.pipeline == 1:
+        keys = ("parallel.virtual_pipeline", "parallel.pipeline")
+        text = f"found {run.parallel.virtual_pipeline} with parallel.pipeline 1; expected 1, or parallel.pipeline of at least 2"
+        yield Fault(keys, f"parallel.virtual_pipeline: {text}: chunks take turns only where there are stages to take turns with")
+
+
+def _shared_head(run: Run) -> Iterator[Fault]:
+    knob, parallel = "parallel.head", run.parallel
+    if parallel.head != "sharded":
+        return
+    if parallel.pipeline == 1:
+        text = f"{knob}: found sharded with parallel.pipeline 1; expected auto or last_stage, or parallel.pipeline of at least 2"
+        yield Fault((knob, "parallel.pipeline"), text)
+    for other in ("virtual_pipeline", "context"):
+        if getattr(parallel, other) > 1:
+            text = f"{knob}: found sharded with parallel.{other} {getattr(parallel, other)}; expected auto or last_stage (or {other} 1)"
+            yield Fault((knob, f"parallel.{other}"), text)
+
+
 def _models(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
     for key, spec in specs.items():
         yield from _tensor_fits("parallel.tensor", run.parallel.tensor, key, spec)
-        if spec.num_layers < run.parallel.pipeline:
-            text = f"parallel.pipeline: found {run.parallel.pipeline}; expected at most the {spec.num_layers} layers of {key}"
+        stages, chunks = run.parallel.pipeline, run.parallel.virtual_pipeline
+        if spec.num_layers < stages:
+            text = f"parallel.pipeline: found {stages}; expected at most the {spec.num_layers} layers of {key}"
             yield Fault(("parallel.pipeline", *_named(key)), text)
+        elif spec.num_layers < stages * chunks:
+            text = f"found {chunks} with parallel.pipeline {stages}; expected at most {spec.num_layers // stages}: {key} has"
+            text = f"parallel.virtual_pipeline: {text} {spec.num_layers} layers, too few for {stages * chunks} chunks"
+            yield Fault(("parallel.virtual_pipeline", "parallel.pipeline", *_named(key)), text)
+
+
+def _mixtures(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+    """What mixtures of experts ask of a layout, and what only they understand."""
+    expert, tensor = run.parallel.expert, run.parallel.tensor
+    for key, spec in specs.items():
+        mixture = spec.mixture
+        if mixture is not None and mixture.num_experts % expert:
+            text = f"found {expert}; expected a divisor of the {mixture.num_experts} experts of {key}: {divisors(mixture.num_experts)}"
+            yield Fault(("parallel.expert", *_named(key)), f"parallel.expert: {text}")
+        if mixture is not None and tensor > 1 and not run.parallel.sequence:
+            text = f"found false with parallel.tensor {tensor}; expected true: {key} is a mixture of experts, which takes its tokens split"
+            yield Fault(("parallel.sequence", "parallel.tensor", *_named(key)), f"parallel.sequence: {text} over tensor-parallel ranks")
+        balance = getattr(run, key).optimizer.router_balance if key in ("actor", "critic", "model") else 0.0
+        if mixture is None and balance > 0:
+            knob = f"{key}.optimizer.router_balance"
+            yield Fault((knob, *_named(key)), f"{knob}: found {balance:g}; expected 0: {key} is dense, it has no router to balance")
+    if expert > 1 and specs and all(spec.mixture is None for spec in specs.values()):
+        names = tuple(name for key in specs for name in _named(key))
+        text = f"parallel.expert: found {expert}; expected 1: no model of this run is a mixture of experts"
+        yield Fault(("parallel.expert", *names), text)
 
 
 def _tensor_fits(knob: str, tensor: int, model: str, spec: ModelSpec) -> Iterator[Fault]:
-    for number, what in ((spec.num_heads, "attention heads"), (spec.ffn_size, "feed-forward channels"), (spec.hidden_size, "channels")):
+    sizes = [(spec.num_heads, "attention heads"), (spec.hidden_size, "channels")]
+    if spec.mixture is None or knob == "rollout.tensor_parallel":  # the trainer keeps experts whole, the sampler cuts them
+        sizes.append((spec.ffn_size, "feed-forward channels"))
+    for number, what in sizes:
         if number % tensor:
             text = f"{knob}: found {tensor}; expected a divisor of the {number} {what} of {model}: {divisors(number)}"
             yield Fault((knob, *_named(model)), text)
@@ -118,6 +177,26 @@ def _lengths(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
         if longest > spec.max_positions:
             text = f"{words}; expected at most the {spec.max_positions} positions of {key}"
             yield Fault((*keys, *_named(key)), text)
+
+
+def longest_row(run: Run) -> int:
+    """Tokens of the longest row that a microbatch may have to hold: a sequence, or both sequences of a pair."""
+    return longest_sequence(run)[0] * (2 if isinstance(run, RewardRun) else 1)
+
+
+def _packing(run: Run) -> Iterator[Fault]:
+    knob, most = "parallel.max_tokens_per_microbatch", run.parallel.max_tokens_per_microbatch
+    if most == 0:
+        return
+    _, words, keys = longest_sequence(run)
+    if longest_row(run) > token_budget(run.parallel):
+        tile = TILE * run.parallel.tensor
+        need = -(-longest_row(run) // tile) * tile
+        pair = ", and a pair is two of them" if isinstance(run, RewardRun) else ""
+        yield Fault((knob, *keys, "parallel.tensor"), f"{knob}: found {most}; expected 0 (no packing) or at least {need}: {words}{pair}")
+    if run.parallel.context > 1:
+        text = f"{knob}: found {most} with parallel.context {run.parallel.context}; expected 0: context ranks share no packed sequences"
+        yield Fault((knob, "parallel.context"), text)
 
 
 def longest_sequence(run: Run) -> tuple[int, str, tuple[str, ...]]:
@@ -195,7 +274,7 @@ def _replica_batch(run: Run, knob: str, size: int, data: int) -> Iterator[Fault]
         yield from _divides(knob, size, data, f"the {data} data-parallel replicas", keys)
         return
     share, micro = size // data, run.parallel.microbatch_size
-    if share % micro:
+    if share % micro and not run.parallel.max_tokens_per_microbatch:
         text = (
             f"parallel.microbatch_size: found {micro}; expected a divisor of the {share} sequences that a data-parallel replica has of"
             f" {knob} ({size} / {data} replicas): {divisors(share)}"

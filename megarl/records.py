@@ -78,6 +78,11 @@ class TensorRecord:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: torch.cat([t, t.new_zeros((missing, *t.shape[1:]))]) for name, t in tensors.items()})
 
+    def only(self, mine: torch.Tensor):
+        """The record with zeros in every row but those of `mine` bool[B]: such rows have length 0 and masks that are False."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.new_zeros(()).where(~mine.view(-1, *[1] * (t.dim() - 1)), t) for name, t in tensors.items()})
+
     def to(self, device: torch.device):
         """The record with its tensors on `device`."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -98,6 +103,23 @@ class TokenBatch(TensorRecord):
     def sequences(self) -> "TokenBatch":
         """What a model reads: here the rows themselves."""
         return self
+
+    def places(self) -> torch.Tensor:
+        """Where each token stands among the flattened positions of the model's hidden states [S, B, H]: i64[B, T]."""
+        num_rows, num_tokens = self.token_ids.shape
+        index = torch.arange(num_rows * num_tokens, device=self.token_ids.device)
+        return index.view(num_tokens, num_rows).t()
+
+
+@dataclass(frozen=True)
+class PackedTokens(TokenBatch):
+    """Sequences that a model reads one behind the other, as one row: hidden states are [S, 1, H]. Padding stands nowhere."""
+
+    def places(self) -> torch.Tensor:
+        """As for `TokenBatch`; entries of padding, which nobody reads, show some token of the microbatch."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        offsets = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        return starts[:, None] + torch.minimum(offsets, (self.lengths[:, None] - 1).clamp(min=0))
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,26 @@ KINDS = {
 }
 
 
+# mixtures of experts: kinds of their own, since they need layouts of their own
+MIXTURES = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"head_dim": 24, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": False},
+    ),
+    "qwen3-moe-critic": (
+        "Qwen3Moe",
+        {"head_dim": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True, "num_labels": 1},
+    ),
+}
+EXPERT_NAMES = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2"), "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj")}
+
+
 def tiny_config(kind: str):
     """The transformers configuration of a kind."""
     import transformers
 
-    family, changes = KINDS[kind]
+    family, changes = (KINDS | MIXTURES)[kind]
     return getattr(transformers, f"{family}Config")(**SIZES | changes)
 
 
@@ -71,9 +86,28 @@ def save_oracle(directory: Path, token_ids: torch.Tensor, coefficients: torch.Te
     model = kinds.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     outputs = model.score(model.model(token_ids).last_hidden_state) if is_critic else model(token_ids).logits
     (outputs * coefficients[:, :, : outputs.shape[2]]).sum().backward()
-    tensors = {f"grad.{name}": parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    tensors = {f"grad.{name}": tensor for name, tensor in as_on_disk(gradients, model.config.model_type).items()}
     tensors |= {"outputs": outputs.detach(), "token_ids": token_ids, "coefficients": coefficients}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "oracle.safetensors")
+
+
+def as_on_disk(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
+    """Tensors under the names of a live model under those of its checkpoints: one tensor an expert, not all experts stacked."""
+    if model_type not in EXPERT_NAMES:
+        return tensors
+    block, gate, up, down = EXPERT_NAMES[model_type]
+    result = {}
+    for name, tensor in tensors.items():
+        prefix, _, what = name.rpartition(".mlp.")
+        if what == "experts.gate_up_proj":
+            for part, half in zip((gate, up), tensor.chunk(2, dim=1), strict=True):
+                result |= {f"{prefix}.{block}.experts.{i}.{part}.weight": half[i] for i in range(len(tensor))}
+        elif what == "experts.down_proj":
+            result |= {f"{prefix}.{block}.experts.{i}.{down}.weight": tensor[i] for i in range(len(tensor))}
+        else:
+            result[f"{prefix}.{block}.{what}" if prefix else name] = tensor
+    return result
 
 
 def load_oracle(directory: Path) -> dict[str, torch.Tensor]:

@@ -57,6 +57,7 @@ class StoredLayout(Stored):
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
     context: int = 1
     expert: int = 1
     world_size: int = 1
@@ -66,7 +67,7 @@ class StoredLayout(Stored):
     def __str__(self) -> str:
         data = self.world_size // (self.tensor * self.pipeline * self.context)
         axes = f"tp{self.tensor} pp{self.pipeline} dp{data}" + "".join(
-            f" {axis}{size}" for axis, size in (("cp", self.context), ("ep", self.expert)) if size > 1
+            f" {axis}{size}" for axis, size in (("vpp", self.virtual_pipeline), ("cp", self.context), ("ep", self.expert)) if size > 1
         )
         return f"{axes} {self.precision}" + ("" if self.distributed_optimizer else " without distributed optimizer")
 

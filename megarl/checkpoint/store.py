@@ -223,7 +223,13 @@ class Checkpoints:
 
     def _stored_layout(self) -> StoredLayout:
         axes = {axis: getattr(self.layout, axis) for axis in ("tensor", "pipeline", "context", "expert", "world_size")}
-        return StoredLayout(**axes, distributed_optimizer=self.run.parallel.distributed_optimizer, precision=self.run.precision)
+        parallel = self.run.parallel
+        return StoredLayout(
+            **axes,
+            virtual_pipeline=parallel.virtual_pipeline,
+            distributed_optimizer=parallel.distributed_optimizer,
+            precision=self.run.precision,
+        )
 
     def _sweep(self) -> None:
         """Remove what killed writers left."""

@@ -19,6 +19,7 @@ from megarl.checkpoint.sources import open_start
 from megarl.checkpoint.store import Checkpoints
 from megarl.checkpoint.train_state import TrainState
 from megarl.config import RewardRun, SftRun
+from megarl.data.packing import Cost
 from megarl.data.tokenizers import check_vocabulary, load_tokenizer
 from megarl.metrics import Metrics, RunLog, StepMetrics
 from megarl.models.learner import Learner
@@ -40,7 +41,7 @@ class Examples(Protocol):
     num_skipped: int
     num_truncated: int
 
-    def for_step(self, step: int, batch_size: int, seed: int, layout: ParallelLayout) -> Sequence[Any]: ...
+    def for_step(self, step: int, batch_size: int, seed: int, layout: ParallelLayout, cost: Cost | None = None) -> Sequence[Any]: ...
     def shard(self, layout: ParallelLayout) -> Sequence[Any]: ...
 
 
@@ -89,6 +90,7 @@ def teach(run: SftRun | RewardRun, layout: ParallelLayout, parts: LessonParts) -
     data_group = groups.group(layout, "dp")
     gather = partial(collectives.gather_json, group=data_group)
     lesson, learner, checkpointables = parts.lesson, parts.student.learner, {parts.name: parts.student}
+    cost = None if learner.packing is None else learner.packing.cost
     state = parts.checkpoints.restore_or_start(checkpointables)
     parts.log.start(state.step)
     if state.step == 0:
@@ -96,7 +98,7 @@ def teach(run: SftRun | RewardRun, layout: ParallelLayout, parts: LessonParts) -
     while state.step < run.train.total_steps:
         metrics = StepMetrics()
         with metrics.time("learn"):
-            batch = lesson.collate(parts.examples.for_step(state.step, run.train.batch_size, run.seed, layout))
+            batch = lesson.collate(parts.examples.for_step(state.step, run.train.batch_size, run.seed, layout, cost))
             weight = collectives.sum_over(lesson.weight(batch).to(device.device()), data_group)
             metrics += learner.step(batch, lesson.head, lesson.loss_function(max(float(weight), 1.0)))
         state = state.advance(run.train.batch_size)

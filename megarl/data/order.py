@@ -1,10 +1,12 @@
 """In which order a dataset is read: a function of (seed, epoch, purpose) and the position, under every layout."""
 
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
 
+from megarl.data.packing import Cost, dealt
 from megarl.errors import LayoutError
 from megarl.parallel.layout import ParallelLayout
 
@@ -40,6 +42,18 @@ def equal_share(count: int, layout: ParallelLayout, key: str) -> slice:
         raise LayoutError(f"{key} is {count}; expected a multiple of the {layout.data} data-parallel replicas of {layout}")
     share = count // layout.data
     return slice(layout.dp_rank * share, (layout.dp_rank + 1) * share)
+
+
+def step_share(lengths: Sequence[Sequence[int]], layout: ParallelLayout, key: str, cost: Cost | None) -> list[int]:
+    """Positions in a step's global batch of the rows that this data rank learns from, ascending.
+
+    Args: `lengths` of the sequences of every row of the batch; `cost` None: ranks get equally many rows, else rows of equal work.
+    Raises `LayoutError` naming `key` when the batch does not divide over the data ranks.
+    """
+    share = equal_share(len(lengths), layout, key)
+    if cost is None:
+        return list(range(len(lengths)))[share]
+    return np.flatnonzero(dealt(cost.of(np.array(lengths)), layout.data) == layout.dp_rank).tolist()
 
 
 def contiguous_share(count: int, layout: ParallelLayout) -> slice:

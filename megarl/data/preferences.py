@@ -6,7 +6,8 @@ from typing import Any
 from megarl.config import LessonData
 from megarl.data.demonstrations import Demonstration, mask_assistant_turns
 from megarl.data.jsonl import LineFault, check_messages, read_rows, required, text_field
-from megarl.data.order import Purpose, contiguous_share, equal_share, rows_at
+from megarl.data.order import Purpose, contiguous_share, rows_at, step_share
+from megarl.data.packing import Cost
 from megarl.data.prompts import overlong_message
 from megarl.data.tokenizers import Message, Tokenizer
 from megarl.errors import DataError
@@ -46,10 +47,11 @@ class PreferenceSet:
     def __len__(self) -> int:
         return len(self.preferences)
 
-    def for_step(self, step: int, batch_size: int, seed: int, layout: ParallelLayout) -> list[Preference]:
-        """This data rank's contiguous part of the global batch of step `step`, a function of (seed, position)."""
-        share = equal_share(batch_size, layout, "train.batch_size")
-        return [self.preferences[i] for i in rows_at(step * batch_size, batch_size, len(self), seed, Purpose.PREFERENCES)[share]]
+    def for_step(self, step: int, batch_size: int, seed: int, layout: ParallelLayout, cost: Cost | None = None) -> list[Preference]:
+        """This data rank's part of the global batch of step `step`, a function of (seed, position): equally many pairs, or equal `cost`."""
+        pairs = [self.preferences[i] for i in rows_at(step * batch_size, batch_size, len(self), seed, Purpose.PREFERENCES)]
+        lengths = [[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]
+        return [pairs[i] for i in step_share(lengths, layout, "train.batch_size", cost)]
 
     def shard(self, layout: ParallelLayout) -> list[Preference]:
         """This data rank's part of the whole file in file order, for evaluation; sizes differ by at most one."""

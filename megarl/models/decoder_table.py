@@ -1,9 +1,14 @@
-"""The rows of a dense decoder's weight table: what Llama, Qwen2 and Qwen3 share, and the parts to build another from. Pure: no torch.
+"""The rows of a decoder's weight table: what the families share, and the parts to build another from. Pure: no torch.
 
 A family lists its rows for layer `{layer}`; rows of a Megatron tensor that no entry names (padding of the vocabulary) mean nothing.
 """
 
+from dataclasses import dataclass
+
 from megarl.models.spec import ModelSpec, Role, Rows, WeightTable
+
+Shapes = dict[str, tuple[int, ...]]
+Entries = dict[str, tuple[Rows, ...]]
 
 
 def whole(hf_name: str, num_rows: int) -> tuple[Rows, ...]:
@@ -37,11 +42,57 @@ VOCABULARY_HEAD = "lm_head.weight"
 SCALAR_HEAD = "score.weight"
 
 
+IN_LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a family calls the parts of a mixture: `block` below a layer, and below an expert its three projections."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
 def dense_decoder(spec: ModelSpec, role: Role) -> WeightTable:
     """The table that Llama, Qwen2 and Qwen3 share; switches of the spec add query-key-value biases and query-key norms."""
-    hidden, ffn = spec.hidden_size, spec.ffn_size
+    mlp, hidden, ffn = LAYER + "mlp.", spec.hidden_size, spec.ffn_size
+    shapes = {
+        mlp + "gate_proj.weight": (ffn, hidden),
+        mlp + "up_proj.weight": (ffn, hidden),
+        mlp + "down_proj.weight": (hidden, ffn),
+    }
+    entries = {
+        IN_LAYERS + "mlp.linear_fc1.weight": stacked((mlp + "gate_proj.weight", ffn), (mlp + "up_proj.weight", ffn)),
+        IN_LAYERS + "mlp.linear_fc2.weight": whole(mlp + "down_proj.weight", hidden),
+    }
+    return _decoder(spec, role, shapes, entries)
+
+
+def sparse_decoder(spec: ModelSpec, role: Role, names: ExpertNames) -> WeightTable:
+    """The table of a decoder whose layers are all mixtures, with one tensor for each expert, as checkpoints on disk have them."""
+    assert spec.mixture is not None
+    hidden, ffn, count = spec.hidden_size, spec.ffn_size, spec.mixture.num_experts
+    router, expert = f"{LAYER}{names.block}.gate.weight", f"{LAYER}{names.block}.experts.{{expert}}."
+    gate, up, down = (f"{expert}{name}.weight" for name in (names.gate, names.up, names.down))
+    shapes: Shapes = {router: (count, hidden)}
+    for index in range(count):
+        for name, shape in ((gate, (ffn, hidden)), (up, (ffn, hidden)), (down, (hidden, ffn))):
+            shapes[name.replace("{expert}", str(index))] = shape
+    experts = IN_LAYERS + "mlp.experts.experts."
+    entries = {
+        IN_LAYERS + "mlp.router.weight": whole(router, count),
+        experts + "linear_fc1.weight": stacked((gate, ffn), (up, ffn)),
+        experts + "linear_fc2.weight": whole(down, hidden),
+    }
+    return _decoder(spec, role, shapes, entries)
+
+
+def _decoder(spec: ModelSpec, role: Role, ffn_shapes: Shapes, ffn_entries: Entries) -> WeightTable:
+    hidden = spec.hidden_size
     query_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    attention, mlp = LAYER + "self_attn.", LAYER + "mlp."
+    attention = LAYER + "self_attn."
     q, k, v = (f"{attention}{name}_proj" for name in "qkv")
     layer_shapes = {
         LAYER + "input_layernorm.weight": (hidden,),
@@ -50,29 +101,24 @@ def dense_decoder(spec: ModelSpec, role: Role) -> WeightTable:
         k + ".weight": (kv_rows, hidden),
         v + ".weight": (kv_rows, hidden),
         attention + "o_proj.weight": (hidden, query_rows),
-        mlp + "gate_proj.weight": (ffn, hidden),
-        mlp + "up_proj.weight": (ffn, hidden),
-        mlp + "down_proj.weight": (hidden, ffn),
-    }
-    in_layers = "decoder.layers."
+    } | ffn_shapes
+    ffn_norm = IN_LAYERS + "mlp.linear_fc1.layer_norm_weight"
     entries = {
         "embedding.word_embeddings.weight": whole(EMBEDDING, spec.vocab_size),
         "decoder.final_layernorm.weight": whole("model.norm.weight", hidden),
-        in_layers + "self_attention.linear_qkv.layer_norm_weight": whole(LAYER + "input_layernorm.weight", hidden),
-        in_layers + "self_attention.linear_qkv.weight": grouped_qkv(spec, q + ".weight", k + ".weight", v + ".weight"),
-        in_layers + "self_attention.linear_proj.weight": whole(attention + "o_proj.weight", hidden),
-        in_layers + "mlp.linear_fc1.layer_norm_weight": whole(LAYER + "post_attention_layernorm.weight", hidden),
-        in_layers + "mlp.linear_fc1.weight": stacked((mlp + "gate_proj.weight", ffn), (mlp + "up_proj.weight", ffn)),
-        in_layers + "mlp.linear_fc2.weight": whole(mlp + "down_proj.weight", hidden),
-    }
+        IN_LAYERS + "self_attention.linear_qkv.layer_norm_weight": whole(LAYER + "input_layernorm.weight", hidden),
+        IN_LAYERS + "self_attention.linear_qkv.weight": grouped_qkv(spec, q + ".weight", k + ".weight", v + ".weight"),
+        IN_LAYERS + "self_attention.linear_proj.weight": whole(attention + "o_proj.weight", hidden),
+        ffn_norm: whole(LAYER + "post_attention_layernorm.weight", hidden),
+    } | ffn_entries
     if spec.qkv_bias:
         layer_shapes |= {q + ".bias": (query_rows,), k + ".bias": (kv_rows,), v + ".bias": (kv_rows,)}
-        entries[in_layers + "self_attention.linear_qkv.bias"] = grouped_qkv(spec, q + ".bias", k + ".bias", v + ".bias")
+        entries[IN_LAYERS + "self_attention.linear_qkv.bias"] = grouped_qkv(spec, q + ".bias", k + ".bias", v + ".bias")
     if spec.qk_norm:
         for head in "qk":
             name = f"{attention}{head}_norm.weight"
             layer_shapes[name] = (spec.head_dim,)
-            entries[f"{in_layers}self_attention.{head}_layernorm.weight"] = whole(name, spec.head_dim)
+            entries[f"{IN_LAYERS}self_attention.{head}_layernorm.weight"] = whole(name, spec.head_dim)
     shapes = {EMBEDDING: (spec.vocab_size, hidden)}
     for layer in range(spec.num_layers):
         shapes |= {name.format(layer=layer): shape for name, shape in layer_shapes.items()}
@@ -83,4 +129,5 @@ def dense_decoder(spec: ModelSpec, role: Role) -> WeightTable:
     elif not spec.tied:
         shapes[VOCABULARY_HEAD] = (spec.vocab_size, hidden)
         entries["output_layer.weight"] = whole(VOCABULARY_HEAD, spec.vocab_size)
-    return WeightTable(spec.num_layers, shapes, entries)
+    # Transformer Engine fuses this norm into a dense layer's first projection, but leaves it alone before a mixture
+    return WeightTable(spec.num_layers, shapes, entries, {IN_LAYERS + "pre_mlp_layernorm.weight": ffn_norm})

@@ -1,7 +1,7 @@
 """The families megarl knows, and the way from a Hugging Face directory to a `ModelSpec`. Pure: no torch, no Megatron.
 
-To add a family, write one file like `qwen3.py`: a config translation, and a weight table where `dense_decoder` does not serve; then list
-it in `FAMILIES`.
+To add a family, write one file like `qwen3.py`: a config translation, and a weight table where neither `dense_decoder` nor
+`sparse_decoder` serves; then list it in `FAMILIES`.
 """
 
 import json
@@ -11,13 +11,16 @@ from typing import Any
 from megarl.errors import WeightMapError
 from megarl.models.hf_config import Family, HfConfig
 from megarl.models.llama import LLAMA
+from megarl.models.mixtral import MIXTRAL
 from megarl.models.qwen2 import QWEN2
 from megarl.models.qwen3 import QWEN3
-from megarl.models.spec import ModelSpec, Role, Rows, WeightTable, check_layout, end_ids, padded_vocab, stage_layers
+from megarl.models.qwen3_moe import QWEN3_MOE
+from megarl.models.spec import Mixture, ModelSpec, Role, Rows, WeightTable, check_layout, end_ids, padded_vocab, stage_layers
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "Mixture",
     "ModelSpec",
     "Role",
     "Rows",
@@ -29,7 +32,7 @@ __all__ = [
     "stage_layers",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE)}
 
 
 def read_spec(directory: Path) -> ModelSpec:

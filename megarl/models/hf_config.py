@@ -1,12 +1,13 @@
 """Reads a Hugging Face config.json key by key and refuses what our decoders do not compute. Pure: no torch, no transformers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megarl.errors import WeightMapError
-from megarl.models.decoder_table import dense_decoder
-from megarl.models.spec import ModelSpec
+from megarl.models.decoder_table import ExpertNames, dense_decoder, sparse_decoder
+from megarl.models.spec import Mixture, ModelSpec
 
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -87,14 +88,22 @@ class HfConfig:
             raise WeightMapError(f"{self.where}: {key} of type llama3 lacks {', '.join(missing)}")
         return theta, {name: parameters[name] for name in LLAMA3_SCALING}
 
-    def dense_decoder(self, family: str, head_dim: int, num_kv_heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> ModelSpec:
+    def dense_decoder(
+        self,
+        family: str,
+        head_dim: int,
+        num_kv_heads: int,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        default_theta: float = 10000.0,
+    ) -> ModelSpec:
         """The spec of a dense decoder from the keys that the families name alike and the given ones that they do not."""
         num_heads = self.count("num_attention_heads")
         if num_heads % num_kv_heads:
             raise WeightMapError(
                 f"{self.where}: num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
             )
-        rope_theta, rope_scaling = self.rope()
+        rope_theta, rope_scaling = self.rope(default_theta)
         return ModelSpec(
             family=family,
             num_layers=self.count("num_hidden_layers"),
@@ -114,6 +123,17 @@ class HfConfig:
             hf_config=self.values,
             make_table=dense_decoder,
         )
+
+    def mixture(self, dense: ModelSpec, ffn_size: int, norm_topk_prob: bool, names: ExpertNames) -> ModelSpec:
+        """The same decoder with a mixture in every layer: experts of width `ffn_size`, called `names`."""
+        key = "num_local_experts" if self.values.get("num_experts") is None else "num_experts"  # transformers 5 writes the first
+        num_experts, chosen = self.count(key), self.count("num_experts_per_tok")
+        if chosen > num_experts:
+            raise WeightMapError(f"{self.where}: num_experts_per_tok is {chosen}; expected at most the {num_experts} of {key}")
+        if chosen == 1 and norm_topk_prob:
+            raise WeightMapError(f"{self.where}: one expert a token with weights that sum to 1 leaves the router nothing to learn from")
+        mixture = Mixture(num_experts, chosen, norm_topk_prob)
+        return replace(dense, ffn_size=ffn_size, mixture=mixture, make_table=partial(sparse_decoder, names=names))
 
     def even_head_dim(self) -> int:
         """hidden_size / num_attention_heads, refused when it is not whole."""

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from megarl.config import OptimizerConfig, ParallelConfig
 from megarl.metrics import Largest, Metric, Metrics, Total
+from megarl.models import mixture
+from megarl.models.head_sharing import sharing_of
 from megarl.models.learning_rate import lr_at
-from megarl.models.replica import Replica
+from megarl.models.replica import Replica, packing_of
 from megarl.parallel import device, groups, pipeline
-from megarl.parallel.collectives import broadcast_json
+from megarl.parallel.collectives import gather_json, sum_over
 from megarl.parallel.layout import ParallelLayout
 
 device.prepare()
@@ -39,7 +41,9 @@ class Learner(Replica):
         layout: ParallelLayout,
         total_steps: int,
     ):
-        super().__init__(_wrapped(chunks, parallel), layout, parallel.microbatch_size)
+        spec, role = chunks[0].spec, chunks[0].role
+        packing, sharing = packing_of(spec, parallel), sharing_of(spec, role, parallel, layout)
+        super().__init__(_wrapped(chunks, parallel), layout, parallel.microbatch_size, packing, sharing)
         self.config, self.total_steps = optimizer, total_steps
         self.num_steps = 0  # optimizer steps tried, skipped ones included: the schedule's clock
         self._optimizer = megatron_optimizer.get_megatron_optimizer(
@@ -49,8 +53,9 @@ class Learner(Replica):
     def step(self, batch: Any, head: pipeline.Head, loss_function: pipeline.LossFunction) -> Metrics:
         """One optimizer step on `batch`, this data-parallel rank's share of the minibatch; every rank of the world calls.
 
-        `loss_function(stats, rows) -> (loss, metrics)` runs on the last stage for each microbatch, with `stats` from `head`; its losses are
-        divided by global denominators already and are summed. Rows may be dummies (length 0, masks False): they must add nothing.
+        `loss_function(stats, rows) -> (loss, metrics)` runs for each microbatch with `stats` from `head`, on the last stage or, where the
+        stages share the head, on each of them with its share; its losses are divided by global denominators already and are summed.
+        Rows may be dummies or dealt to another stage (length 0, masks False): they must add nothing.
         A gradient norm that is not finite skips the update on all ranks alike.
 
         Returns the metrics of this replica's rows on every rank of the replica, with `grad_norm` (of the update, before clipping),
@@ -60,13 +65,21 @@ class Learner(Replica):
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        microbatches = pipeline.cut(batch.to(device.device()), self.microbatch_size)
-        metrics = pipeline.forward_backward(self.chunks, microbatches, head, loss_function)
+        if self.config.router_balance > 0:
+            mixture.balance(self.chunks, self.config.router_balance / self._num_sequences(batch))
+        metrics = pipeline.forward_backward(self.chunks, self.microbatches(batch), head, loss_function, self.sharing)
         lr = lr_at(self.config, self.num_steps, self.total_steps)
         grad_norm = self._update(lr)
         self.num_steps += 1
-        shared = broadcast_json(metrics.to_json(), self.last_stage_rank, groups.group(self.layout, "pp"))
-        return Metrics.from_json(shared) + self._step_metrics(grad_norm, lr)
+        total = self._step_metrics(grad_norm, lr)
+        for part in gather_json(metrics.to_json(), groups.group(self.layout, "pp")):
+            total = total + Metrics.from_json(part)
+        return total
+
+    def _num_sequences(self, batch: Any) -> int:
+        """Sequences of the whole minibatch, dummies left out."""
+        here = (batch.sequences().lengths > 0).sum().to(device.device())
+        return max(1, int(sum_over(here, groups.group(self.layout, "dp"))))
 
     def refresh_main_params(self) -> None:
         """Copies the model's weights into the optimizer's float32 copies, after the weights were written from outside."""

@@ -1,32 +1,52 @@
 """A model spread over the tensor-parallel ranks and pipeline stages of its replica, evaluated without gradients."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megarl.config import ParallelConfig
+from megarl.data.pack_size import token_budget
+from megarl.data.packing import Cost
+from megarl.models.head_sharing import StageSharing
+from megarl.models.spec import ModelSpec, quadratic_cost
 from megarl.parallel import device, groups, pipeline
-from megarl.parallel.collectives import broadcast
+from megarl.parallel.collectives import max_over, sum_over
 from megarl.parallel.layout import ParallelLayout
+from megarl.parallel.microbatches import Microbatches, Packing, cut
 
 
 @dataclass
 class Replica:
     """This rank's model chunks, and how batches pass through the replica they belong to.
 
-    `microbatch_size` bounds the sequences of a forward pass.
+    `microbatch_size` bounds the sequences of a forward pass, or with a `packing` their tokens are bounded.
     """
 
     chunks: list[torch.nn.Module]
     layout: ParallelLayout
     microbatch_size: int
+    packing: Packing | None = None
+    sharing: StageSharing | None = None  # how the stages share the head; None: it stays on the last stage
 
     @property
     def last_stage_rank(self) -> int:
         """The rank that stands where this one does, on the last pipeline stage."""
         return self.layout.ranks_along("pp")[-1]
+
+    def microbatches(self, batch: Any) -> Microbatches:
+        """`batch` cut for this replica's pipeline, on its device. Every rank of the world calls it where replicas share experts.
+
+        Interleaved chunks need a multiple of the stages. A layer of shared experts is computed by several replicas together, so they must
+        have equally many microbatches.
+        """
+        multiple = self.layout.pipeline if len(self.chunks) > 1 else 1
+        microbatches = cut(batch.to(device.device()), self.microbatch_size, multiple, self.packing)
+        if self.layout.expert == 1:
+            return microbatches
+        count = max_over(torch.tensor(len(microbatches), device=device.device()), groups.group(self.layout, "dp"))
+        return microbatches.filled(int(count))
 
     def forward(self, batch: Any, head: pipeline.Head) -> Tensor:
         """What `head` says about the sequences of `batch`, on every rank of the replica; every rank of it calls.
@@ -35,17 +55,19 @@ class Replica:
         """
         for chunk in self.chunks:
             chunk.eval()
-        parts = pipeline.forward_only(self.chunks, pipeline.cut(batch.to(device.device()), self.microbatch_size), head)
-        sequences = batch.sequences()
-        if not self.layout.is_last_stage:
-            result = torch.empty(head.result_shape(sequences), dtype=torch.float32, device=device.device())
+        microbatches = self.microbatches(batch)
+        parts = pipeline.forward_only(self.chunks, microbatches, head, self.sharing)
+        shape = head.result_shape(batch.sequences())
+        if parts:
+            result = microbatches.joined(parts, batch.sequences_per_row, len(batch))
+            assert result.shape == shape and result.dtype == torch.float32
         else:
-            result = _joined(parts, batch.sequences_per_row, len(batch))
-            assert result.shape == head.result_shape(sequences) and result.dtype == torch.float32
-        return broadcast(result, self.last_stage_rank, groups.group(self.layout, "pp"))
+            result = torch.zeros(shape, dtype=torch.float32, device=device.device())
+        return sum_over(result, groups.group(self.layout, "pp"))
 
 
-def _joined(parts: Sequence[Tensor], sequences_per_row: int, num_rows: int) -> Tensor:
-    """Microbatch results [M Q, ...] as one [B Q, ...] without the dummies, sequence axis outside rows."""
-    by_row = torch.cat([part.view(sequences_per_row, -1, *part.shape[1:]) for part in parts], dim=1)
-    return by_row[:, :num_rows].flatten(0, 1).contiguous()
+def packing_of(spec: ModelSpec, parallel: ParallelConfig) -> Packing | None:
+    """How sequences share a microbatch of this model; None: `max_tokens_per_microbatch` is 0, and they are padded."""
+    if parallel.max_tokens_per_microbatch == 0:
+        return None
+    return Packing(token_budget(parallel), Cost(quadratic_cost(spec)))

@@ -28,9 +28,10 @@ class Rows:
     hf_name: str
     hf_row: int
 
-    def in_layer(self, indices: Sequence[int]) -> "Rows":
-        """The same with `{layer}` in the name filled from the axes Megatron puts in front."""
-        return Rows(self.row, self.num_rows, self.hf_name.format(layer=indices[0]) if indices else self.hf_name, self.hf_row)
+    def at(self, indices: Sequence[int]) -> "Rows":
+        """The same with `{layer}` and `{expert}` in the name filled from the axes Megatron puts in front."""
+        names = dict(zip(("layer", "expert"), indices, strict=False))
+        return Rows(self.row, self.num_rows, self.hf_name.format(**names), self.hf_row)
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,24 @@ class WeightTable:
     """The table of one model in one role.
 
     `hf_shapes` lists every Hugging Face tensor with its shape; `entries` maps a canonical Megatron key to its rows, with
-    `{layer}` in the names of tensors that every layer has.
+    `{layer}` in the names of tensors that every layer has and `{expert}` in those that every expert of a layer has. `aliases` are
+    other names that Megatron's layers give the same tensor.
     """
 
     num_layers: int
     hf_shapes: dict[str, tuple[int, ...]]
     entries: dict[str, tuple[Rows, ...]]
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def segments(self, megatron_key: str, indices: Sequence[int] = ()) -> list[Rows]:
-        """The rows of one Megatron tensor; `indices` are its positions on prepended axes, the global layer first.
+        """The rows of one Megatron tensor; `indices` are its positions on prepended axes: the global layer, then the global expert.
 
         Raises `WeightMapError` for a key the family does not list.
         """
+        megatron_key = self.aliases.get(megatron_key, megatron_key)
         if megatron_key not in self.entries:
             raise WeightMapError(f"the model holds {megatron_key}, which its family's table does not list; known: {sorted(self.entries)}")
-        return [rows.in_layer(indices) for rows in self.entries[megatron_key]]
+        return [rows.at(indices) for rows in self.entries[megatron_key]]
 
     def num_parameters(self) -> int:
         """Elements of all Hugging Face tensors."""
@@ -60,8 +64,20 @@ class WeightTable:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Every layer's feed-forward part is a choice: a router sends each token to some of the layer's experts (Shazeer et al. 2017).
+
+    The router's probabilities weigh the experts' outputs; with `norm_topk_prob` those of the chosen ones are divided by their sum.
+    """
+
+    num_experts: int  # of each layer
+    experts_per_token: int
+    norm_topk_prob: bool
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder: pre-norm attention with rotary positions and grouped queries, SwiGLU feed-forward, RMSNorm."""
+    """A decoder: pre-norm attention with rotary positions and grouped queries, SwiGLU feed-forward or a mixture of such, RMSNorm."""
 
     family: str  # Hugging Face `model_type`
     num_layers: int
@@ -69,7 +85,7 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    ffn_size: int
+    ffn_size: int  # of one expert in a mixture
     vocab_size: int
     norm_eps: float
     rope_theta: float
@@ -80,6 +96,7 @@ class ModelSpec:
     max_positions: int
     hf_config: dict[str, Any] = field(repr=False)  # config.json as read, with the end tokens of generation_config.json
     make_table: Callable[["ModelSpec", Role], WeightTable] = field(repr=False, compare=False)  # the family's
+    mixture: Mixture | None = None  # None: every layer is dense
 
     def table(self, role: Role) -> WeightTable:
         """The mapping between Megatron's tensors and Hugging Face's for this model in this role."""
@@ -99,6 +116,17 @@ class ModelSpec:
     def num_parameters(self, role: Role) -> int:
         """Elements of all weights, the vocabulary without padding."""
         return self.table(role).num_parameters()
+
+    def num_expert_parameters(self) -> int:
+        """Elements of all experts' weights, gate, up and down projections."""
+        return 0 if self.mixture is None else self.num_layers * self.mixture.num_experts * 3 * self.hidden_size * self.ffn_size
+
+    def num_active_parameters(self, role: Role) -> int:
+        """Elements of the weights that one token meets: all of a dense model, `experts_per_token` experts a layer of a mixture."""
+        if self.mixture is None:
+            return self.num_parameters(role)
+        idle = self.mixture.num_experts - self.mixture.experts_per_token
+        return self.num_parameters(role) - self.num_expert_parameters() * idle // self.mixture.num_experts
 
 
 def end_ids(values: dict[str, Any]) -> tuple[int, ...]:
@@ -122,9 +150,12 @@ def stage_layers(num_layers: int, pipeline: int) -> tuple[int, ...]:
     return tuple(share + (stage < rest) for stage in range(pipeline))
 
 
-def check_layout(spec: ModelSpec, tensor: int, pipeline: int, sequence: bool = False) -> None:
-    """Raise `LayoutError` when the model cannot be cut over `tensor` ranks and `pipeline` stages; names the key to change."""
-    for what, size in (("attention heads", spec.num_heads), ("feed-forward width", spec.ffn_size), ("hidden size", spec.hidden_size)):
+def check_layout(spec: ModelSpec, tensor: int, pipeline: int, sequence: bool = False, expert: int = 1) -> None:
+    """Raise `LayoutError` when the model does not fit `tensor` ranks, `pipeline` stages and `expert` ranks; names the key to change."""
+    sizes = {"attention heads": spec.num_heads, "feed-forward width": spec.ffn_size, "hidden size": spec.hidden_size}
+    if spec.mixture is not None:
+        del sizes["feed-forward width"]  # experts stay whole
+    for what, size in sizes.items():
         if size % tensor:
             raise LayoutError(f"parallel.tensor is {tensor} but the model's {what} are {size}; choose a divisor of {size}")
     if spec.num_kv_heads % tensor and tensor % spec.num_kv_heads:
@@ -133,5 +164,18 @@ def check_layout(spec: ModelSpec, tensor: int, pipeline: int, sequence: bool = F
         )
     if pipeline > spec.num_layers:
         raise LayoutError(f"parallel.pipeline is {pipeline} but the model has {spec.num_layers} layers; choose at most {spec.num_layers}")
+    if spec.mixture is not None and spec.mixture.num_experts % expert:
+        raise LayoutError(f"parallel.expert is {expert} but a layer of the model has {spec.mixture.num_experts} experts; choose a divisor")
+    if spec.mixture is not None and tensor > 1 and not sequence:
+        raise LayoutError(f"parallel.tensor is {tensor} for a mixture of experts, which needs parallel.sequence as well: set it to true")
     if sequence and tensor == 1:
         raise LayoutError("parallel.sequence is on with parallel.tensor 1; sequence parallelism needs parallel.tensor of at least 2")
+
+
+def quadratic_cost(spec: ModelSpec) -> float:
+    """Work of attention on a sequence of L tokens over L^2, in units of all other work on one token.
+
+    A weight takes 2 operations a token, a query-key pair 4 a channel of every head of every layer, and half of the pairs are causal
+    (Kaplan et al. 2020, section 2.1).
+    """
+    return spec.num_layers * spec.num_heads * spec.head_dim / spec.num_active_parameters("actor")

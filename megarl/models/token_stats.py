@@ -1,9 +1,9 @@
 """From hidden states to numbers about tokens: log-probabilities, entropy, values, scores. The one next-token shift is here.
 
-Axis letters: S positions (at least T; split over tensor-parallel ranks under sequence parallelism), B sequences, T tokens, H hidden
+Axis letters: S positions (those of this rank; over all ranks at least T), B sequences, T tokens, H hidden
 width, N selected tokens. Hidden states are `[S, B, H]`, Megatron's order; results are `[B, T]` on the house's time axis: entry t speaks
 about token t and comes from the hidden state at position t - 1; entry 0 is 0. All functions are differentiable, entered by every
-tensor-parallel rank of the last stage with equal tokens and masks, and give every one of them the same result.
+tensor- and context-parallel rank of the last stage with equal tokens and masks, and give every one of them the same result.
 
 *Heads* are what `parallel.pipeline` applies to the last stage's hidden states: these functions with their settings.
 """
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from megarl.models.build import DecoderChunk
+from megarl.models.head_sharing import HeadReplica, ScoreShares, ValueShares, VocabularyShares
 from megarl.models.vocabulary import VocabularyShard, vocabulary_stats
-from megarl.parallel import device
+from megarl.parallel import context, device
+from megarl.parallel.token_shards import Deal, Share
 from megarl.records import TokenBatch
 
 device.prepare()
@@ -31,7 +33,7 @@ from megatron.core.tensor_parallel.mappings import (  # noqa: E402
 def token_stats(
     model: torch.nn.Module,
     hidden: Tensor,
-    token_ids: Tensor,
+    sequences: TokenBatch,
     temperature: float,
     logits_bytes: int,
     with_entropy: bool,
@@ -46,8 +48,10 @@ def token_stats(
     is_split = core.config.sequence_parallel
     if is_split:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    token_ids = sequences.token_ids
     mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
-    positions, tokens, factor = _selected(mask)
+    own = context.own_positions(len(hidden) * core.config.context_parallel_size)
+    positions, tokens, factor = _selected(mask, sequences.places(), own, hidden.shape[1])
     rows = hidden.flatten(0, 1).index_select(0, positions)
     if not is_split:
         rows = copy_to_tensor_model_parallel_region(rows)
@@ -61,35 +65,41 @@ def token_stats(
     )
     logprobs, entropy = vocabulary_stats(rows, weight, token_ids.flatten()[tokens], shard, with_entropy)
     empty = logprobs.new_zeros(token_ids.numel())
-    logprobs, entropy = (empty.index_copy(0, tokens, stats * factor).view_as(token_ids) for stats in (logprobs, entropy))
-    return logprobs, entropy
+    stats = torch.stack([empty.index_copy(0, tokens, found * factor) for found in (logprobs, entropy)])
+    return context.summed(stats).view(2, *token_ids.shape).unbind(0)
 
 
-def values(model: torch.nn.Module, hidden: Tensor, num_tokens: int) -> Tensor:
-    """The scalar head's value before each token is chosen, f32[B, T] for T = `num_tokens`."""
-    outputs = unwrapped(model).output_layer(hidden).t()
-    return torch.cat([torch.zeros_like(outputs[:, :1]), outputs[:, : num_tokens - 1]], dim=1)
+def values(model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch) -> Tensor:
+    """The scalar head's value before each token is chosen, f32[B, T]."""
+    outputs = context.whole_sequence(unwrapped(model).output_layer(hidden)).flatten()[sequences.places()]
+    return torch.cat([torch.zeros_like(outputs[:, :1]), outputs[:, :-1]], dim=1)
 
 
-def scores_at_end(model: torch.nn.Module, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The scalar head at the last token of each sequence, f32[B]; `lengths` i64[B]. Source: semantics section 5."""
-    return unwrapped(model).output_layer(hidden).t().gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+def scores_at_end(model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch) -> Tensor:
+    """The scalar head at the last token of each sequence, f32[B]. Source: semantics section 5."""
+    ends = sequences.places().gather(1, (sequences.lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+    return context.whole_sequence(unwrapped(model).output_layer(hidden)).flatten()[ends]
 
 
 @dataclass(frozen=True)
-class LogprobHead:
+class LogprobHead(VocabularyShares):
     """f32[B, T] log-probabilities where `mask_field` of the rows (bool[B, T]) is True, 0 elsewhere; everywhere when it is None."""
 
     logits_bytes: int
     temperature: float = 1.0
     mask_field: str | None = None
+    deals: Deal = "tokens"  # how stages share the work: a loss over whole sequences needs "rows"
 
     def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> Tensor:
         return self.stats(model, hidden, sequences, rows, with_entropy=False)[0]
 
+    def of_share(self, replica: HeadReplica, hidden: Tensor, share: Share) -> Tensor:
+        """See `parallel.token_shards.DealingHead`."""
+        return self.share_stats(replica, hidden, share, with_entropy=False)[0]
+
     def stats(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any, with_entropy: bool) -> tuple[Tensor, Tensor]:
         mask = None if self.mask_field is None else getattr(rows, self.mask_field)
-        return token_stats(model, hidden, sequences.token_ids, self.temperature, self.logits_bytes, with_entropy, mask)
+        return token_stats(model, hidden, sequences, self.temperature, self.logits_bytes, with_entropy, mask)
 
     def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
         return tuple(sequences.token_ids.shape)
@@ -102,24 +112,30 @@ class PolicyHead(LogprobHead):
     def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> tuple[Tensor, Tensor]:
         return self.stats(model, hidden, sequences, rows, with_entropy=True)
 
+    def of_share(self, replica: HeadReplica, hidden: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+        return self.share_stats(replica, hidden, share, with_entropy=True)
+
 
 @dataclass(frozen=True)
-class ValueHead:
-    """f32[B, T] values of the scalar head."""
+class ValueHead(ValueShares):
+    """f32[B, T] values of the scalar head. Stages that share it look only where `mask_field` of the rows (bool[B, T]) is True."""
+
+    mask_field: str = "response_mask"
+    deals: Deal = "tokens"
 
     def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> Tensor:
-        return values(model, hidden, sequences.token_ids.shape[1])
+        return values(model, hidden, sequences)
 
     def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
         return tuple(sequences.token_ids.shape)
 
 
 @dataclass(frozen=True)
-class ScoreHead:
+class ScoreHead(ScoreShares):
     """f32[B] scores: the scalar head at the last token."""
 
     def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> Tensor:
-        return scores_at_end(model, hidden, sequences.lengths)
+        return scores_at_end(model, hidden, sequences)
 
     def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
         return tuple(sequences.lengths.shape)
@@ -132,15 +148,21 @@ def unwrapped(model: torch.nn.Module) -> DecoderChunk:
     return model
 
 
-def _selected(mask: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Where to look and where to write: rows of hidden [S B, H] and entries of [B T], both i64[N], and a factor for the results.
+def _selected(mask: Tensor, places: Tensor, own: Tensor, width: int) -> tuple[Tensor, Tensor, float]:
+    """Where to look and where to write: rows of hidden [S width, H] and entries of [B T], both i64[N], and a factor for the results.
+
+    `places` i64[B, T] are those of whole sequences; `own` i64[S], ascending, the positions that this rank holds: the token after one
+    may lie on another context-parallel rank.
 
     A rank must run the head at least once a microbatch, so that its parameters always get a gradient: with nothing selected one entry
     is taken with the factor 0.
     """
-    num_sequences, num_tokens = mask.shape
     sequence, before = mask[:, 1:].nonzero(as_tuple=True)  # `before` is the position before the token: the one shift
-    if len(sequence) == 0:
+    place = places[sequence, before]
+    row = torch.searchsorted(own, place // width).clamp(max=len(own) - 1)
+    is_here = own[row] == place // width
+    positions, tokens = row * width + place % width, sequence * mask.shape[1] + before + 1
+    if not is_here.any():
         nothing = torch.zeros(1, dtype=torch.int64, device=mask.device)
         return nothing, nothing, 0.0
-    return before * num_sequences + sequence, sequence * num_tokens + before + 1, 1.0
+    return positions[is_here], tokens[is_here], 1.0

@@ -27,6 +27,13 @@ def sum_over(tensor: Tensor, group: Group) -> Tensor:
     return total
 
 
+def max_over(tensor: Tensor, group: Group) -> Tensor:
+    """The largest of every rank's `tensor`, element by element, on every rank. Every rank of `group` calls it; the argument is kept."""
+    result = tensor.clone()
+    dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
+    return result
+
+
 def broadcast(tensor: Tensor, source_rank: int, group: Group) -> Tensor:
     """Overwrites `tensor` with the one of global rank `source_rank` and returns it. Called by every rank of the group."""
     if group.size() > 1:

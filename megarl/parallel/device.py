@@ -32,6 +32,7 @@ NOISE = (
     "The .grad attribute of a Tensor that is not a leaf",
     ".*is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
     "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of whole experts
     "If you are using transformer_engine as the transformer implementation",
 )
 
@@ -140,12 +141,13 @@ def _stand_in_for_random_states() -> None:
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """`factory`, except that a device called "cuda" means the CPU."""
+    """`factory`, except that a device called "cuda" means the CPU, and that memory is never pinned."""
 
     @functools.wraps(factory)
     def on_cpu(*args, **kwargs):
         if kwargs.get("device") == "cuda":
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # needs a GPU's driver
         return factory(*args, **kwargs)
 
     return on_cpu

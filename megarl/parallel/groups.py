@@ -13,14 +13,17 @@ import torch.distributed as dist
 from megarl.config import ParallelConfig
 from megarl.errors import LayoutError
 from megarl.parallel import device
-from megarl.parallel.layout import ParallelLayout
+from megarl.parallel.layout import EXPERT_TENSOR_PARALLEL_SIZE, ParallelLayout
 from megarl.parallel.torchrun import rank_from_environment
+from megarl.parallel.wires import KINDS, Kind, Wire, connect
 
 device.prepare()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (the host is prepared first)
 
-Axis = Literal["tp", "pp", "dp", "model", "world"]
+Axis = Literal["tp", "pp", "cp", "dp", "ep", "world"]
+
+_wires: dict[Kind, Wire] = {}  # of the layout that `initialize` set, on hosts with GPUs
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
@@ -30,7 +33,14 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     call in one process replaces the layout. Raises `LayoutError` when the layout does not fit the world.
     """
     rank, world_size, local_rank = rank_from_environment()
-    layout = ParallelLayout(tensor=parallel.tensor, pipeline=parallel.pipeline, world_size=world_size, rank=rank)
+    layout = ParallelLayout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        world_size=world_size,
+        rank=rank,
+        context=parallel.context,
+        expert=parallel.expert,
+    )
     if device.is_cuda():
         if local_rank >= torch.cuda.device_count():
             raise LayoutError(
@@ -46,9 +56,14 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=EXPERT_TENSOR_PARALLEL_SIZE,
         distributed_timeout_minutes=parallel.timeout_s / 60,
         create_gloo_process_groups=False,  # the default backend carries CPU tensors already
     )
+    _lay_wires(layout)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -80,11 +95,29 @@ def group(layout: ParallelLayout, axis: Axis) -> dist.ProcessGroup:
     found = {
         "tp": parallel_state.get_tensor_model_parallel_group,
         "pp": parallel_state.get_pipeline_model_parallel_group,
+        "cp": parallel_state.get_context_parallel_group,
         "dp": parallel_state.get_data_parallel_group,
-        "model": parallel_state.get_model_parallel_group,
+        "ep": parallel_state.get_expert_model_parallel_group,
     }[axis]()
     assert sorted(dist.get_process_group_ranks(found)) == sorted(layout.ranks_along(axis)), (axis, layout)
     return found
+
+
+def wires(layout: ParallelLayout) -> dict[Kind, Wire]:
+    """The wires between the pipeline stages of this rank's replica."""
+    if not device.is_cuda():
+        return {kind: Wire(group(layout, "pp"), tag=number) for number, kind in enumerate(KINDS, start=1)}
+    return dict(_wires)
+
+
+def _lay_wires(layout: ParallelLayout) -> None:
+    """A process group for each kind of message: NCCL knows no tags. Every rank of the world calls it."""
+    _wires.clear()
+    if device.is_cuda() and layout.pipeline > 1:
+        partition = sorted({layout.at(rank).ranks_along("pp") for rank in range(layout.world_size)})
+        _wires.update({kind: Wire(new_group_of(partition), tag=0) for kind in KINDS})
+    if layout.pipeline > 1:
+        connect(wires(layout), layout.ranks_along("pp"), layout.pp_rank)
 
 
 def new_group_of(partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:

@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 
 from megarl.errors import LayoutError
 
+# Experts stay whole: Megatron could cut each over tensor-parallel ranks, too, but the experts of today's mixtures are narrow, and a
+# mixture with wide ones gets the same memory from more expert-parallel ranks, which may be tensor-parallel neighbours.
+EXPERT_TENSOR_PARALLEL_SIZE = 1
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -30,7 +34,13 @@ class ParallelLayout:
         if self.world_size % self.model_size:
             raise LayoutError(
                 f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} = {self.model_size} ranks a replica"
-                f" does not divide the world of {self.world_size} ranks: change parallel.tensor, parallel.pipeline or the number of ranks"
+                f" does not divide the world of {self.world_size} ranks: change parallel.tensor, parallel.pipeline or parallel.context, or"
+                " the number of ranks"
+            )
+        if self.stage_size % self.expert:
+            raise LayoutError(
+                f"expert {self.expert} does not divide the {self.stage_size} ranks of a pipeline stage (tensor {self.tensor} x context"
+                f" {self.context} x data {self.data}), over which the experts are spread: change parallel.expert"
             )
         if not 0 <= self.rank < self.world_size:
             raise LayoutError(f"rank {self.rank} is outside the world of {self.world_size}")
@@ -44,6 +54,15 @@ class ParallelLayout:
     def data(self) -> int:
         """Number of data-parallel replicas."""
         return self.world_size // self.model_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage, of all replicas. Consecutive ones share out the experts of a mixture."""
+        return self.world_size // self.pipeline
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.stage_size % self.expert
 
     @property
     def tp_rank(self) -> int:
@@ -82,7 +101,10 @@ class ParallelLayout:
         return ((pp * self.data + dp) * self.context + cp) * self.tensor + tp
 
     def ranks_along(self, axis: str) -> tuple[int, ...]:
-        """Ranks that differ from this one only on `axis`: `tp`, `cp`, `dp`, `pp`, or `model` (the whole replica)."""
+        """Ranks that differ from this one only on `axis`: `tp`, `cp`, `dp`, `pp`, or `model` (the whole replica).
+
+        With `ep`: those among which the experts of a layer are shared out.
+        """
         mine = {"tp": self.tp_rank, "cp": self.cp_rank, "dp": self.dp_rank, "pp": self.pp_rank}
         sizes = {"tp": self.tensor, "cp": self.context, "dp": self.data, "pp": self.pipeline}
         if axis == "model":
@@ -92,6 +114,8 @@ class ParallelLayout:
                 for cp in range(self.context)
                 for tp in range(self.tensor)
             )
+        if axis == "ep":
+            return tuple(range(self.rank - self.ep_rank, self.rank - self.ep_rank + self.expert))
         return tuple(self.rank_at(**{**mine, axis: i}) for i in range(sizes[axis]))
 
     def __str__(self) -> str:

@@ -1,6 +1,9 @@
 """Credit assignment: what every model says about a rollout becomes advantages and returns. The pure parts plus one global reduction.
 
-Axis letters: B sequences of one data-parallel replica, T tokens of the padded batch. Semantics sections 1 and 2.
+The rows of a data-parallel replica are dealt to its pipeline stages: each shapes the token rewards of its rows and runs GAE on them.
+Whitening sums over all rows of all replicas; then the stages gather what they found, 4 bytes a token.
+
+Axis letters: B sequences of one data-parallel replica, b of one of its stages, T tokens of the padded batch. Semantics sections 1 and 2.
 """
 
 from dataclasses import fields
@@ -12,7 +15,8 @@ from torch.distributed import ProcessGroup
 
 from megarl.config import PpoConfig
 from megarl.errors import RolloutError
-from megarl.parallel import collectives
+from megarl.parallel import collectives, groups
+from megarl.parallel.layout import ParallelLayout
 from megarl.ppo.advantages import gae, token_rewards, whiten
 from megarl.ppo.kl import kl_estimate
 from megarl.records import Experience, RolloutBatch
@@ -25,19 +29,23 @@ def assign_credit(
     values: Tensor,
     config: PpoConfig,
     kl_coef: float,
-    group: ProcessGroup,
+    layout: ParallelLayout,
 ) -> Experience:
-    """Token rewards, GAE and whitening. Called by every rank; `group` is its data-parallel group.
+    """Token rewards, GAE and whitening, the same on all ranks of a replica. Called by every rank.
 
     Shapes: three f32[B, T] from actor, reference and critic. `kl_coef` is the coefficient of this step (TrainState), not the start value.
     """
     mask = rollout.response_mask
     old_logprobs, ref_logprobs, values = (torch.where(mask, t, 0.0) for t in (old_logprobs, ref_logprobs, values))
-    kl = kl_estimate(old_logprobs, ref_logprobs, mask, config.kl.estimator)
-    rewards = token_rewards(rollout.rewards, kl, mask, kl_coef, config.reward_clip)
-    advantages, returns = gae(rewards, values, mask, rollout.truncated, config.gamma, config.lam, config.bootstrap_truncated)
+    mine = stage_rows(len(rollout), layout)
+    own, own_mask = rollout.rows(mine), mask[mine]
+    kl = kl_estimate(old_logprobs[mine], ref_logprobs[mine], own_mask, config.kl.estimator)
+    rewards = token_rewards(own.rewards, kl, own_mask, kl_coef, config.reward_clip)
+    advantages, returns = gae(rewards, values[mine], own_mask, own.truncated, config.gamma, config.lam, config.bootstrap_truncated)
     if config.whiten:
-        advantages = whiten(advantages, mask, partial(collectives.sum_over, group=group))
+        advantages = whiten(advantages, own_mask, partial(_sum_over_rows, layout=layout))
+    found = collectives.gather_rows(torch.stack([rewards, advantages, returns], dim=1), groups.group(layout, "pp"))  # [b, 3, T]
+    rewards, advantages, returns = (tensor.contiguous() for tensor in found.unbind(1))
     return Experience(
         **{f.name: getattr(rollout, f.name) for f in fields(rollout)},
         old_logprobs=old_logprobs,
@@ -47,6 +55,18 @@ def assign_credit(
         advantages=advantages,
         returns=returns,
     )
+
+
+def stage_rows(num_rows: int, layout: ParallelLayout) -> slice:
+    """The rows of a replica that this pipeline stage owns: contiguous, sizes differ by at most one."""
+    return slice(num_rows * layout.pp_rank // layout.pipeline, num_rows * (layout.pp_rank + 1) // layout.pipeline)
+
+
+def _sum_over_rows(tensor: Tensor, layout: ParallelLayout) -> Tensor:
+    """The sum over everybody who owns rows: the stages of all replicas. Called by every rank."""
+    for axis in ("dp", "pp"):
+        tensor = collectives.sum_over(tensor, groups.group(layout, axis))
+    return tensor
 
 
 def check_parity(rollout: RolloutBatch, old_logprobs: Tensor, tolerance: float, group: ProcessGroup) -> None:

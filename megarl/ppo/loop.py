@@ -38,11 +38,11 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
             ref_logprobs = parts.reference.logprobs(rollout, old_logprobs)
             values = parts.critic.values(rollout)
         # credit: rewards become advantages and returns
-        experience = assign_credit(rollout, old_logprobs, ref_logprobs, values, run.ppo, state.kl_coef, data_group)
+        experience = assign_credit(rollout, old_logprobs, ref_logprobs, values, run.ppo, state.kl_coef, layout)
         # learn: several passes over the same experience; the critic alone at first
         is_policy_updated = state.step >= run.ppo.critic_warmup_steps
         with parts.memory.learning(), metrics.time("learn"):
-            for minibatch in minibatches(experience, run.ppo, run.seed, state.step, layout):
+            for minibatch in minibatches(experience, run.ppo, run.seed, state.step, layout, parts.actor.learner.packing):
                 metrics += parts.critic.update(minibatch)
                 if is_policy_updated:
                     metrics += parts.actor.update(minibatch)

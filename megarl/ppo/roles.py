@@ -13,9 +13,10 @@ from torch import Tensor
 from megarl.config import PpoRun, Run, TrainedModelConfig
 from megarl.metrics import Largest, Metric, Metrics
 from megarl.models.build import build_model
+from megarl.models.head_sharing import sharing_of
 from megarl.models.learner import Learner
 from megarl.models.pieces import Piece, TensorSource, load_pieces, source_pieces
-from megarl.models.replica import Replica
+from megarl.models.replica import Replica, packing_of
 from megarl.models.spec import ModelSpec, Role
 from megarl.models.token_stats import LogprobHead, PolicyHead, ScoreHead, ValueHead
 from megarl.parallel import groups
@@ -49,7 +50,8 @@ def build_frozen(
         chunk.requires_grad_(False)
     pieces = source_pieces(chunks, spec.table(role))
     load_pieces(pieces, source)
-    return Replica(chunks, layout, run.parallel.microbatch_size), pieces
+    packing, sharing = packing_of(spec, run.parallel), sharing_of(spec, role, run.parallel, layout)
+    return Replica(chunks, layout, run.parallel.microbatch_size, packing, sharing), pieces
 
 
 def num_updates(run: PpoRun, first_step: int = 0) -> int:
@@ -67,7 +69,9 @@ class Actor:
         self.learner, self.pieces = build_learner(spec, "actor", run.actor, run, layout, source, total_steps)
         self._max_response_tokens = run.rollout.max_response_tokens
         settings = (run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
-        self._scoring_head, self._learning_head = LogprobHead(*settings), PolicyHead(*settings)
+        # a mean over each sequence needs all its tokens in one place
+        deals = "rows" if run.ppo.aggregation == "sequence_mean" else "tokens"
+        self._scoring_head, self._learning_head = LogprobHead(*settings), PolicyHead(*settings, deals=deals)
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Log-probabilities of the response tokens under the policy as it is, tempered like the sampler: f32[B, T], 0 elsewhere."""

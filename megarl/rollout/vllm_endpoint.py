@@ -1,8 +1,9 @@
 """Writes weights into a running vLLM model, whatever vLLM did to them after loading.
 
-The sync fills tensors in the layout of vLLM's loader. On a GPU the parameters of unquantised dense models keep that layout and are
-written in place. On a CPU vLLM packs every linear weight and leaves an empty parameter; there the sync fills a staging tensor and
-vLLM's own post-load processing runs again. Which case applies is decided once for each parameter; unknown cases are refused.
+The sync fills tensors in the layout of vLLM's loader. On a GPU the parameters of unquantised models keep that layout (those of experts
+with the Triton kernels, which `vllm_engine` asks for) and are written in place. On a CPU vLLM packs every linear weight and leaves an
+empty parameter, and packs experts into parameters of the same shape; there the sync fills a staging tensor and vLLM's own post-load
+processing runs again. Which case applies is decided once for each parameter; unknown cases are refused.
 """
 
 from collections.abc import Sequence
@@ -18,11 +19,14 @@ from megarl.rollout.vllm_loader import TRACE_ATTRIBUTE, CanonicalParameter, Load
 
 vllm_platform.import_vllm()
 
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402  (the process is prepared first)
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend  # noqa: E402  (the process is prepared first)
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod  # noqa: E402
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-KNOWN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+KNOWN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod)
+PACKED_ON_CPU = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,26 @@ class Endpoint:
                 f"vLLM processes {name} with {type(method).__name__}; megarl can update weights of {_names(KNOWN_METHODS)} only:"
                 " serve the model unquantised"
             )
-        if not in_place and not (current_platform.is_cpu() and type(method) is UnquantizedLinearMethod):
+        if type(method) is UnquantizedFusedMoEMethod:
+            in_place = self._experts_stay(name, method)
+        if not in_place and not (current_platform.is_cpu() and type(method) in PACKED_ON_CPU):
             raise WeightMapError(
                 f"vLLM keeps {name} of {type(module).__name__} as {live.dtype} {tuple(live.shape)}, loaded as {canonical.dtype}"
                 f" {canonical.shape}; megarl does not know how to update it on {current_platform.device_name}"
             )
         return _Place(module, attribute, canonical, live.data_ptr() if in_place else None)
+
+    @staticmethod
+    def _experts_stay(name: str, method: UnquantizedFusedMoEMethod) -> bool:
+        """False where experts are packed; shapes do not tell."""
+        if current_platform.is_cpu():
+            return False
+        if method.unquantized_backend is not UnquantizedMoeBackend.TRITON:
+            raise WeightMapError(
+                f"vLLM computes {name} with its {method.unquantized_backend.name} kernels, which keep experts in a layout of their own;"
+                " megarl can update those of TRITON"
+            )
+        return True
 
     def begin(self) -> None:
         """The first call of a sync: forget what an interrupted one left behind."""
@@ -110,7 +128,11 @@ class Endpoint:
     def _process(self, module: nn.Module) -> None:
         for name in self._packed_parameters(module):
             getattr(module, self._places[name].attribute).data = self._staged.pop(name)
-        module.quant_method.process_weights_after_loading(module)
+        method = module.quant_method
+        if isinstance(method, UnquantizedFusedMoEMethod):  # processed a second time, the method itself would leave the packing out
+            method.moe_kernel.fused_experts.process_weights_after_loading(module)
+        else:
+            method.process_weights_after_loading(module)
         del self._waiting[module]
 
 

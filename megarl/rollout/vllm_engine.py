@@ -105,6 +105,8 @@ class VllmEngine:
             "enable_sleep_mode": self.has_sleep,
             "seed": 0,  # every request brings its own
         }
+        if self.spec.mixture is not None and device.is_cuda():
+            arguments["moe_backend"] = "triton"  # its experts stay as they were loaded, so that they can be written in place
         if rollout.kv_cache_bytes or not device.is_cuda():
             arguments["kv_cache_memory_bytes"] = rollout.kv_cache_bytes or CPU_KV_CACHE_BYTES
         if device.is_cuda():  # also with a KV cache of a given size: vLLM refuses to start when so much of the GPU is not free

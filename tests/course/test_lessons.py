@@ -12,6 +12,7 @@ from tests.ranks import run_ranks
 TP2 = {"tensor": 2, "sequence": True, "microbatch_size": 3}
 PP2 = {"pipeline": 2, "microbatch_size": 5, "logits_bytes": 1000}
 DP2 = {"microbatch_size": 4}
+PACKED = {"max_tokens_per_microbatch": 40}
 
 
 def teach_both(rank: int, world_size: int, root: Path) -> dict:
@@ -19,7 +20,7 @@ def teach_both(rank: int, world_size: int, root: Path) -> dict:
     from megarl.course.sft import train_sft
     from megarl.parallel import groups
 
-    for name, parallel in (("tp2", TP2), ("pp2", PP2), ("dp2", DP2)):
+    for name, parallel in (("tp2", TP2), ("pp2", PP2), ("dp2", DP2), ("packed", PACKED)):
         run = sft_run(root, f"sft-{name}", 12, parallel=parallel)
         train_sft(run, groups.initialize(run.parallel, run.seed))
         model = {"path": root / "sft-tp2", "optimizer": {"lr": 3e-3}}
@@ -56,7 +57,7 @@ def test_they_learn(course):
 def test_the_layout_does_not_show(course, lesson):
     root, _ = course
     expected = read_metrics(root, f"{lesson}-dp2")
-    for layout in ("tp2", "pp2"):
+    for layout in ("tp2", "pp2", "packed"):
         found = read_metrics(root, f"{lesson}-{layout}")
         assert found.keys() == expected.keys()
         for step in expected:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megarl.config import ParallelConfig, PpoConfig
+from megarl.data.packing import Cost
 from megarl.errors import RewardError, RolloutError
 from megarl.metrics import StepMetrics, describe
 from megarl.records import Completion, Experience, Prompt, RolloutBatch
@@ -14,7 +15,7 @@ from megarl.rewards.scorer import Term, WeightedSum
 from tests.ranks import run_ranks
 
 ROWS, LENGTH = 16, 6
-LAYOUTS = {"tp4": {"tensor": 4}, "tp2dp2": {"tensor": 2}, "pp2dp2": {"pipeline": 2}, "dp4": {}}
+LAYOUTS = {"tp4": {"tensor": 4}, "tp2dp2": {"tensor": 2}, "pp2dp2": {"pipeline": 2}, "pp4": {"pipeline": 4}, "dp4": {}}
 CONFIG = PpoConfig(total_steps=1, minibatch_size=8, num_epochs=2, reward_clip=1.5, bootstrap_truncated=True, gamma=0.9)
 
 
@@ -26,7 +27,7 @@ def whole_rollout() -> tuple[RolloutBatch, torch.Tensor, torch.Tensor, torch.Ten
     old, ref, values, rollout = (torch.randn(ROWS, LENGTH, generator=generator) for _ in range(4))
     batch = RolloutBatch(
         token_ids=torch.randint(0, 50, (ROWS, LENGTH), generator=generator),
-        lengths=torch.full((ROWS,), LENGTH),
+        lengths=torch.where(mask, torch.arange(1, LENGTH + 1), 0).amax(1),
         response_mask=mask,
         rollout_logprobs=rollout * mask,
         rewards=2 * torch.randn(ROWS, generator=generator),
@@ -40,6 +41,7 @@ def whole_rollout() -> tuple[RolloutBatch, torch.Tensor, torch.Tensor, torch.Ten
 def learn_under(layout) -> dict:
     """Experience, minibatches and metrics of this layout, put together from all data ranks in their order."""
     from megarl.parallel import collectives, groups
+    from megarl.parallel.microbatches import Packing
     from megarl.ppo.credit import assign_credit
     from megarl.ppo.minibatches import minibatches
 
@@ -47,14 +49,17 @@ def learn_under(layout) -> dict:
     share = ROWS // layout.data
     mine = torch.arange(layout.dp_rank * share, (layout.dp_rank + 1) * share)
     rollout, old, ref, values = whole_rollout()
-    experience = assign_credit(rollout.rows(mine), old[mine], ref[mine], values[mine], CONFIG, 0.1, group)
+    experience = assign_credit(rollout.rows(mine), old[mine], ref[mine], values[mine], CONFIG, 0.1, layout)
     together = partial(collectives.gather_rows, group=group)
     pieces = list(minibatches(experience, CONFIG, seed=3, step=5, layout=layout))
+    by_work = list(minibatches(experience, CONFIG, 3, 5, layout, Packing(max_tokens=64, cost=Cost(0.1))))
     metrics = StepMetrics(clock=lambda: 0.0)
     metrics += describe(experience, "k1", 0.1)
     return {
         "experience": {f.name: together(getattr(experience, f.name)) for f in fields(Experience)},
         "minibatches": [{f.name: together(getattr(piece, f.name)) for f in fields(Experience)} for piece in pieces],
+        "by_work": [{f.name: together(getattr(piece, f.name)) for f in fields(Experience)} for piece in by_work],
+        "work": [collectives.gather_json(Cost(0.1).of(piece.lengths.numpy()).sum(), group) for piece in by_work],
         "metrics": metrics.reduced(partial(collectives.gather_json, group=group)).values_by_name(),
     }
 
@@ -136,6 +141,18 @@ def test_rows_travel_whole(results):
         for piece in results[1][name]["minibatches"]:
             for field, tensor in piece.items():
                 torch.testing.assert_close(tensor, experience[field][piece["sample_ids"]])
+
+
+def test_rows_dealt_by_work_are_the_same_minibatches(results):
+    experience = results[0]["tp4"]["experience"]
+    for name in LAYOUTS:
+        found, expected = results[1][name]["by_work"], results[1][name]["minibatches"]
+        for piece, reference in zip(found, expected, strict=True):
+            assert sorted(piece["sample_ids"].tolist()) == sorted(reference["sample_ids"].tolist())
+            for field, tensor in piece.items():
+                torch.testing.assert_close(tensor, experience[field][piece["sample_ids"]])
+        largest = Cost(0.1).of(experience["lengths"].numpy()).max()
+        assert all(max(work) - min(work) <= largest for work in results[1][name]["work"])
 
 
 def test_metrics_do_not_depend_on_the_layout(results):

@@ -7,9 +7,9 @@ import torch
 
 from tests.course.lesson_files import reward_run, sft_run, write_files
 from tests.ranks import run_ranks
-from tests.tiny_hf import save_tiny
+from tests.tiny_hf import MIXTURES, save_tiny
 
-ACTORS = ("llama", "llama3-tied", "qwen2", "qwen3-tied")
+ACTORS = ("llama", "llama3-tied", "qwen2", "qwen3-tied", "mixtral", "qwen3-moe")
 TOKENS = torch.arange(3, 3 + 2 * 12).view(2, 12)
 TP2PP2 = {"tensor": 2, "pipeline": 2, "sequence": True, "microbatch_size": 2}
 OTHER = {"tensor": 1, "pipeline": 2, "microbatch_size": 2}
@@ -26,7 +26,8 @@ def train_and_read(rank: int, world_size: int, root: Path) -> dict[str, torch.Te
     from megarl.records import TokenBatch
 
     for kind in ACTORS:
-        run = sft_run(root, f"out-{kind}", 1, parallel=TP2PP2, model={"path": root / kind, "optimizer": {"lr": 1e-3}})
+        parallel = TP2PP2 | ({"expert": 2} if kind in MIXTURES else {})
+        run = sft_run(root, f"out-{kind}", 1, parallel=parallel, model={"path": root / kind, "optimizer": {"lr": 1e-3}})
         train_sft(run, groups.initialize(run.parallel, run.seed))
     run = reward_run(root, "out-reward", 1, parallel=TP2PP2, model={"path": root / "llama3-tied", "optimizer": {"lr": 1e-3}})
     train_reward(run, groups.initialize(run.parallel, run.seed))

@@ -16,10 +16,10 @@ def _groups_are_the_layouts(rank: int, world_size: int) -> None:
 
     from megarl.parallel import groups
 
-    for tensor, pipeline in ((2, 2), (1, 2), (4, 1), (1, 1)):
-        layout = groups.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=3)
+    for tensor, pipeline, context in ((2, 2, 1), (1, 2, 1), (4, 1, 1), (1, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4), (1, 1, 2)):
+        layout = groups.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, context=context), seed=3)
         assert (layout.rank, layout.world_size) == (rank, world_size)
-        for axis in ("tp", "pp", "dp", "model"):
+        for axis in ("tp", "pp", "cp", "dp"):
             assert tuple(dist.get_process_group_ranks(groups.group(layout, axis))) == layout.ranks_along(axis), (axis, layout)
         assert groups.group(layout, "world").size() == world_size
     halves = groups.new_group_of([(0, 3), (1, 2)])

@@ -52,12 +52,12 @@ def _compare_all(rank: int, world_size: int, directories: dict[str, str]) -> Non
         layout = groups.initialize(parallel, seed=0)
         for kind, directory in directories.items():
             try:
-                _compare(Path(directory), parallel, layout)
+                compare(Path(directory), parallel, layout)
             except Exception as error:
                 raise AssertionError(f"{kind} under {parallel}: {error}") from error
 
 
-def _compare(directory: Path, parallel: ParallelConfig, layout) -> None:
+def compare(directory: Path, parallel: ParallelConfig, layout) -> None:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megarl.checkpoint.sources import SafetensorsSource
@@ -149,15 +149,12 @@ def _head(model, hidden, sequences, rows):
 
 def _microbatches(oracle, layout):
     """This data rank's rows, two a microbatch, as records of tokens; the coefficients ride along in their order."""
+    from megarl.parallel.microbatches import cut
     from megarl.records import TokenBatch
 
     share = NUM_SEQUENCES // layout.data
     mine = slice(layout.dp_rank * share, (layout.dp_rank + 1) * share)
-    token_ids = oracle["token_ids"][mine]
-    lengths = torch.full((share,), NUM_TOKENS)
-    size = min(2, share)
-    starts = range(0, share, size)
-    return mine, [TokenBatch(token_ids[i : i + size], lengths[i : i + size]) for i in starts]
+    return mine, cut(TokenBatch(oracle["token_ids"][mine], torch.full((share,), NUM_TOKENS)), microbatch_size=2)
 
 
 def _check_outputs(chunks, oracle, parallel, layout) -> None:

@@ -15,6 +15,8 @@ CASES = {
     "tp2": {"precision": "fp32", "parallel": {"tensor": 2, "sequence": True, "microbatch_size": 4}},
     "dp2": {"precision": "bf16", "parallel": {"microbatch_size": 4}},
     "pp2": {"precision": "bf16", "parallel": {"pipeline": 2, "microbatch_size": 4, "distributed_optimizer": False}},
+    "cp2": {"precision": "bf16", "parallel": {"context": 2, "microbatch_size": 4}},
+    "vpp2": {"precision": "fp32", "parallel": {"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 4}},
 }
 KEEP = {"every_steps": 3, "keep_last": 3}
 
@@ -109,8 +111,8 @@ def start_on_a_full_disk(rank: int, world_size: int, root: Path) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    root = write_files(tmp_path_factory.mktemp("resume"))
-    write_files(root / "wide", hidden_size=64)
+    root = write_files(tmp_path_factory.mktemp("resume"), num_hidden_layers=4)
+    write_files(root / "wide", hidden_size=64, num_hidden_layers=4)
     results = run_ranks(everything, 2, root)
     return root, results
 

@@ -11,27 +11,38 @@ from tests.rollout.tiny_models import greedy_difference, save_tiny
 
 MAX_LEN, TEMPERATURE = 64, 0.7
 TP2, PP2, DP = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig()
-TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
+TP2_PP2, CP2 = ParallelConfig(tensor=2, pipeline=2), ParallelConfig(context=2)
+VPP2 = ParallelConfig(pipeline=2, virtual_pipeline=2)
+CP2_PP2 = ParallelConfig(context=2, pipeline=2)
 
 # kind of model, trainer's layout, tensor-parallel ranks a generator
 CASES = {
     2: [("llama", TP2, 2), ("qwen3-tied", PP2, 2), ("qwen2", DP, 2), ("qwen2", TP2, 1), ("llama", DP, 1)],
     4: [("qwen3-tied", TP2_PP2, 2), ("llama", TP2, 4), ("llama", TP2_PP2, 1), ("qwen2", TP2, 1)],
 }
+OTHER_AXES = {2: [("llama-deep", VPP2, 1), ("qwen2", CP2, 1)], 4: [("qwen3-tied", CP2_PP2, 2), ("llama-deep", VPP2, 1)]}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, list[Path]]:
     folder = tmp_path_factory.mktemp("models")
-    return {kind: [save_tiny(kind, seed, folder) for seed in (0, 1)] for kind in ("llama", "qwen2", "qwen3-tied")}
+    return {kind: [save_tiny(kind, seed, folder) for seed in (0, 1)] for kind in ("llama", "llama-deep", "qwen2", "qwen3-tied")}
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_sampler_follows_the_trainer_under_every_layout(models, world_size):
-    ranks = run_ranks(check_cases, world_size, CASES[world_size], models, timeout_s=380)
-    for case, reports in zip(CASES[world_size], zip(*ranks, strict=True)):
+@pytest.mark.parametrize(
+    "world_size, cases",
+    [
+        (2, CASES[2]),
+        pytest.param(4, CASES[4], marks=pytest.mark.slow),
+        *(pytest.param(world_size, cases, marks=pytest.mark.slow) for world_size, cases in OTHER_AXES.items()),
+    ],
+    ids=["2", "4", "2 other axes", "4 other axes"],
+)
+def test_the_sampler_follows_the_trainer_under_every_layout(models, world_size, cases):
+    ranks = run_ranks(check_cases, world_size, cases, models, timeout_s=380)
+    for case, reports in zip(cases, zip(*ranks, strict=True)):
         kind, parallel, tensor = case
-        data = world_size // (parallel.tensor * parallel.pipeline)
+        data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
         samples = {tuple(answer[:2]): answer[2] for report in reports for answer in report["samples"]}
         assert len(samples) == 14, case
         for report in reports:

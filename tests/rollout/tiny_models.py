@@ -17,6 +17,7 @@ SIZES = dict(
     max_position_embeddings=128,
 )
 FAMILIES = ("llama", "qwen2", "qwen3-tied")
+MIXTURES = ("mixtral", "qwen3-moe")
 
 
 def save_tiny(kind: str, seed: int, folder: Path, **sizes: int) -> Path:
@@ -26,8 +27,13 @@ def save_tiny(kind: str, seed: int, folder: Path, **sizes: int) -> Path:
     sizes = SIZES | sizes
     configs = {
         "llama": lambda: transformers.LlamaConfig(**sizes, tie_word_embeddings=False),
+        "llama-deep": lambda: transformers.LlamaConfig(**sizes | {"num_hidden_layers": 5}, tie_word_embeddings=False),
         "qwen2": lambda: transformers.Qwen2Config(**sizes, tie_word_embeddings=False),
         "qwen3-tied": lambda: transformers.Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=True),
+        "mixtral": lambda: transformers.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+        "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+            **sizes, head_dim=32, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, norm_topk_prob=True
+        ),
     }
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(configs[kind]()).float()

@@ -75,6 +75,16 @@ def test_the_smallest_world_fits_both_layouts(tensor, pipeline, generator):
     assert smallest_world(run) == worlds[0]
 
 
+def test_context_ranks_and_virtual_stages_are_counted(tmp_path):
+    path = write_run(tmp_path)
+    inspection = inspect("ppo", path, ["parallel.context=2", "parallel.virtual_pipeline=2", "parallel.microbatch_size=2"], 16)
+    rows = dict(arithmetic(inspection))
+    assert rows["layout"] == "tensor 2 x pipeline 2 x context 2 x data 2 = 16 ranks"
+    assert rows["pipeline"] == "2 stages x 2 chunks, 4 microbatches: idle for 11% of an update"
+    one = inspect("ppo", path, ["parallel.virtual_pipeline=2", "parallel.microbatch_size=16"], 4)
+    assert any("filled up with empty ones to a multiple of the 2 stages" in notice for notice in one.notices)
+
+
 @pytest.mark.parametrize("name, actor", [("llama3-70b", 70_553_706_496), ("llama3-8b", 8_030_261_248)])
 def test_published_parameter_counts(name, actor):
     spec = read_spec(CONFIGS / "models" / name)
@@ -120,6 +130,12 @@ def test_the_configurations_we_ship_fit_their_clusters(monkeypatch, path):
     assert inspection.run.cluster.world_size == inspection.world_size
     assert inspection.specs, "the shapes are known before the weights are there"
     assert all("does not exist" in notice for notice in inspection.notices), inspection.notices
+
+
+def test_packed_microbatches_are_counted_at_most(tmp_path):
+    """16 sequences a minibatch of at most 32 tokens, two in a pack of 80 (tensor 2: a multiple of 16); the divisor rule is off."""
+    inspection = inspect("ppo", write_run(tmp_path), ["parallel.max_tokens_per_microbatch=80", "parallel.microbatch_size=5"])
+    assert "2 minibatches x at most 8 microbatches of 80 tokens x data 1" in dict(arithmetic(inspection))["batch"]
 
 
 def test_world_sizes_come_from_the_nearest_place(tmp_path):

@@ -39,8 +39,8 @@ CASES = [
         "nothing near",
         (
             HERE
-            + "parallel.zzzz: unknown key; expected one of tensor, pipeline, sequence, microbatch_size, recompute, distributed_optimizer,"
-            " logits_bytes, timeout_s",
+            + "parallel.zzzz: unknown key; expected one of tensor, pipeline, virtual_pipeline, context, expert, sequence, microbatch_size,"
+            " max_tokens_per_microbatch, recompute, distributed_optimizer, logits_bytes, head, timeout_s",
         ),
         ("parallel.zzzz=1",),
     ),
@@ -94,8 +94,8 @@ CASES = [
     Case(
         "null for a section",
         (
-            HERE + "parallel: found nothing; expected a section with the keys tensor, pipeline, sequence, microbatch_size,"
-            " recompute, distributed_optimizer, logits_bytes, timeout_s",
+            HERE + "parallel: found nothing; expected a section with the keys tensor, pipeline, virtual_pipeline, context, expert, sequence,"
+            " microbatch_size, max_tokens_per_microbatch, recompute, distributed_optimizer, logits_bytes, head, timeout_s",
         ),
         ("parallel=null",),
     ),
@@ -144,7 +144,7 @@ CASES = [
         "layout x world size",
         (
             "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 6 ranks: change parallel.tensor,"
-            " parallel.pipeline or the number of ranks",
+            " parallel.pipeline or parallel.context, or the number of ranks",
         ),
         flags=("--check", "--world", "6"),
     ),
@@ -152,7 +152,7 @@ CASES = [
         "cluster too small",
         (
             "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 1 = 4 ranks a replica does not divide the world of 2 ranks: change parallel.tensor,"
-            " parallel.pipeline or the number of ranks",
+            " parallel.pipeline or parallel.context, or the number of ranks",
         ),
         ("cluster={nodes: 1, ranks_per_node: 2}",),
     ),
@@ -171,6 +171,41 @@ CASES = [
         "sequence parallel alone",
         (HERE + "parallel.sequence: found true with parallel.tensor 1; expected false, or parallel.tensor of at least 2",),
         ("parallel={sequence: true, microbatch_size: 4}",),
+    ),
+    Case(
+        "virtual pipeline without stages",
+        (
+            HERE + "parallel.virtual_pipeline: found 2 with parallel.pipeline 1; expected 1, or parallel.pipeline of at least 2: chunks take"
+            " turns only where there are stages to take turns with",
+        ),
+        ("parallel.pipeline=1", "parallel.virtual_pipeline=2"),
+    ),
+    Case(
+        "a shared head without stages",
+        (HERE + "parallel.head: found sharded with parallel.pipeline 1; expected auto or last_stage, or parallel.pipeline of at least 2",),
+        ("parallel.pipeline=1", "parallel.head=sharded"),
+    ),
+    Case(
+        "a shared head with chunks",
+        (HERE + "parallel.head: found sharded with parallel.virtual_pipeline 2; expected auto or last_stage (or virtual_pipeline 1)",),
+        ("parallel.virtual_pipeline=2", "parallel.head=sharded"),
+    ),
+    Case(
+        "more chunks than layers",
+        (
+            HERE + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: actor has 4 layers, too few for 6 chunks",
+            HERE + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: critic has 4 layers, too few for 6 chunks",
+        ),
+        ("parallel.virtual_pipeline=3",),
+    ),
+    Case(
+        "context x world size",
+        (
+            "ROOT/run.yaml:4: tensor 2 x pipeline 2 x context 3 = 12 ranks a replica does not divide the world of 8 ranks: change parallel.tensor,"
+            " parallel.pipeline or parallel.context, or the number of ranks",
+        ),
+        ("parallel.context=3",),
+        flags=("--check", "--world", "8"),
     ),
     Case(
         "minibatches do not make up the rollout",
@@ -205,6 +240,32 @@ CASES = [
             HERE + "data.max_prompt_tokens 16 + rollout.max_response_tokens 49 = 65 tokens; expected at most the 64 positions of critic",
         ),
         ("rollout.max_response_tokens=49",),
+    ),
+    Case(
+        "a pack smaller than a sequence",
+        (
+            HERE
+            + "parallel.max_tokens_per_microbatch: found 31; expected 0 (no packing) or at least 32: data.max_prompt_tokens 16 +"
+            " rollout.max_response_tokens 16 = 32 tokens",
+        ),
+        ("parallel.max_tokens_per_microbatch=31",),
+    ),
+    Case(
+        "a pack smaller than a pair",
+        (
+            HERE
+            + "parallel.max_tokens_per_microbatch: found 120; expected 0 (no packing) or at least 128: data.max_tokens: found 64, and a pair"
+            " is two of them",
+        ),
+        ("parallel.max_tokens_per_microbatch=120",),
+        kind="reward",
+    ),
+    Case(
+        "packs under context parallelism",
+        (
+            HERE + "parallel.max_tokens_per_microbatch: found 64 with parallel.context 2; expected 0: context ranks share no packed sequences",
+        ),
+        ("parallel={context: 2, max_tokens_per_microbatch: 64}", "rollout.tensor_parallel=1"),
     ),
     Case("no reward", (HERE + "rewards: found an empty list; expected at least one part, such as {kind: exact}",), ("rewards=[]",)),
     Case(

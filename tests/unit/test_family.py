@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megarl.errors import LayoutError, WeightMapError
-from megarl.models.family import FAMILIES, check_layout, padded_vocab, read_spec, spec_from_hf_config, stage_layers
+from megarl.models.family import FAMILIES, Mixture, check_layout, padded_vocab, read_spec, spec_from_hf_config, stage_layers
 
 LLAMA_4 = {  # as transformers 4 wrote it
     "architectures": ["LlamaForCausalLM"],
@@ -40,6 +40,18 @@ QWEN2 = {key: value for key, value in LLAMA_4.items() if not key.startswith("rop
     "sliding_window": 32768,
 }
 QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32, "attention_bias": False}
+MIXTRAL = LLAMA_4 | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+MIXTRAL = {key: value for key, value in MIXTRAL.items() if not key.startswith("rope")}
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": False,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
 
 
 def test_both_styles_of_rotary_settings_mean_the_same():
@@ -54,7 +66,44 @@ def test_every_family_sets_its_switches():
     assert (llama.qkv_bias, llama.qk_norm, llama.head_dim) == (False, False, 16)
     assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.rope_scaling) == (True, False, None)
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 32)
-    assert [spec.family for spec in (llama, qwen2, qwen3)] == list(FAMILIES)
+    mixtral, qwen3_moe = (spec_from_hf_config(values) for values in (MIXTRAL, QWEN3_MOE))
+    assert (mixtral.mixture, mixtral.ffn_size, mixtral.rope_theta) == (Mixture(8, 2, True), 96, 1000000.0)
+    assert (qwen3_moe.mixture, qwen3_moe.ffn_size, qwen3_moe.qk_norm) == (Mixture(16, 4, False), 24, True)
+    assert llama.mixture is qwen3.mixture is None
+    assert [spec.family for spec in (llama, qwen2, qwen3, mixtral, qwen3_moe)] == list(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "words"),
+    [
+        ("mixtral", {"sliding_window": 64}, "sliding_window is 64"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; expected at most the 8 of num_local_experts"),
+        ("mixtral", {"num_experts_per_tok": 1}, "nothing to learn"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is None"),
+    ],
+)
+def test_mixtures_that_are_not_computed_are_refused(values, changes, words):
+    with pytest.raises(WeightMapError, match=words):
+        spec_from_hf_config({"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE}[values] | changes)
+
+
+def test_both_names_of_the_number_of_experts_are_read():
+    older = {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"} | {"num_local_experts": 16}
+    assert spec_from_hf_config(older).mixture == spec_from_hf_config(QWEN3_MOE).mixture
+
+
+def test_a_token_meets_some_of_the_parameters():
+    """Sizes of Qwen3-30B-A3B: 30.5 billion parameters, 3.35 of them for each token."""
+    spec = spec_from_hf_config(
+        QWEN3_MOE | {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "vocab_size": 151936}
+    )  # fmt: skip
+    assert round(spec.num_parameters("actor") / 1e9, 1) == 30.5 and round(spec.num_active_parameters("actor") / 1e9, 2) == 3.35
+    dense = spec_from_hf_config(QWEN3)
+    assert dense.num_active_parameters("actor") == dense.num_parameters("actor") and dense.num_expert_parameters() == 0
 
 
 def test_a_spec_survives_its_serial_form():

@@ -6,14 +6,14 @@ import torch
 from megarl.errors import WeightMapError
 from megarl.models.family import spec_from_hf_config
 from megarl.models.random_weights import RandomSource
-from tests.tiny_hf import KINDS, tiny_config
+from tests.tiny_hf import KINDS, MIXTURES, as_on_disk, tiny_config
 
 GLOBAL_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight")
 
 
 def tables() -> list:
     found = []
-    for kind in KINDS:
+    for kind in KINDS | MIXTURES:
         spec = spec_from_hf_config(tiny_config(kind).to_dict())
         role = "critic" if kind.endswith("critic") else "actor"
         found.append(pytest.param(kind, spec, spec.table(role), id=kind))
@@ -27,7 +27,8 @@ def test_names_and_shapes_are_those_of_transformers(kind, spec, table):
     classes = transformers.AutoModelForSequenceClassification if kind.endswith("critic") else transformers.AutoModelForCausalLM
     with torch.device("meta"):
         model = classes.from_config(tiny_config(kind))
-    assert table.hf_shapes == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    named = as_on_disk(dict(model.named_parameters()), model.config.model_type)
+    assert table.hf_shapes == {name: tuple(parameter.shape) for name, parameter in named.items()}
 
 
 @pytest.mark.parametrize(("kind", "spec", "table"), tables())
@@ -35,13 +36,22 @@ def test_every_row_of_every_tensor_has_exactly_one_place(kind, spec, table):
     counts = {name: torch.zeros(shape[0], dtype=torch.int) for name, shape in table.hf_shapes.items()}
     for key in table.entries:
         taken = set()
-        for layer in [()] if key in GLOBAL_KEYS else [(layer,) for layer in range(spec.num_layers)]:
-            for rows in table.segments(key, layer):
+        for indices in positions(key, spec):
+            for rows in table.segments(key, indices):
                 counts[rows.hf_name][rows.hf_row : rows.hf_row + rows.num_rows] += 1
-                places = {(layer, row) for row in range(rows.row, rows.row + rows.num_rows)}
+                places = {(indices, row) for row in range(rows.row, rows.row + rows.num_rows)}
                 assert not places & taken, f"{key}: two tensors in one row"
                 taken |= places
     assert all(bool((count == 1).all()) for count in counts.values()), [n for n, c in counts.items() if not bool((c == 1).all())]
+
+
+def positions(key: str, spec) -> list[tuple[int, ...]]:
+    """Every position on the axes that Megatron puts in front of this tensor."""
+    if key in GLOBAL_KEYS:
+        return [()]
+    if ".experts." in key:
+        return [(layer, expert) for layer in range(spec.num_layers) for expert in range(spec.mixture.num_experts)]
+    return [(layer,) for layer in range(spec.num_layers)]
 
 
 def test_the_fused_projection_goes_group_by_group():
@@ -50,6 +60,13 @@ def test_the_fused_projection_goes_group_by_group():
         "decoder.layers.self_attention.linear_qkv.weight", (1,)
     )]  # fmt: skip
     assert rows == [(0, 32, "q", 0), (32, 16, "k", 0), (48, 16, "v", 0), (64, 32, "q", 32), (96, 16, "k", 16), (112, 16, "v", 16)]
+
+
+def test_the_norm_before_a_mixture_has_two_names():
+    table = spec_from_hf_config(tiny_config("mixtral").to_dict()).table("actor")
+    keys = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    fused, alone = (table.segments(f"decoder.layers.{key}", (1,)) for key in keys)
+    assert fused == alone and alone[0].hf_name == "model.layers.1.post_attention_layernorm.weight"
 
 
 def test_an_unknown_key_is_refused():

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,13 @@ from tests.unit.text_files import sentencepiece_file
 SIZES = dict(
     vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
 )
-FAMILIES = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+FAMILIES = {
+    "llama": transformers.LlamaConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "mixtral": partial(transformers.MixtralConfig, num_local_experts=4),
+    "qwen3_moe": partial(transformers.Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,9 @@ def tensors_in(directory):
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    "family, tied", [("llama", False), ("qwen2", True), ("qwen3", False), ("mixtral", False), ("qwen3_moe", True)]
+)
 def test_import_and_export_keep_every_bit(tmp_path, tokenizer_model, family, tied):
     save_hf(tmp_path / "hf", tokenizer_model, family, tied, shard="20KB", dtype=torch.bfloat16)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1

@@ -35,6 +35,8 @@ LAYERS = {
     "megarl.models.llama": 1,
     "megarl.models.qwen2": 1,
     "megarl.models.qwen3": 1,
+    "megarl.models.mixtral": 1,
+    "megarl.models.qwen3_moe": 1,
     "megarl.ppo.advantages": 1,
     "megarl.ppo.losses": 1,
     "megarl.ppo.kl": 1,

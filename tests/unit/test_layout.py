@@ -12,19 +12,19 @@ sizes = st.integers(1, 4)
 
 @st.composite
 def layouts(draw) -> ParallelLayout:
-    tensor, pipeline, data = draw(sizes), draw(sizes), draw(sizes)
-    world = tensor * pipeline * data
-    return ParallelLayout(tensor=tensor, pipeline=pipeline, world_size=world, rank=draw(st.integers(0, world - 1)))
+    tensor, pipeline, data, context = draw(sizes), draw(sizes), draw(sizes), draw(st.integers(1, 3))
+    world = tensor * pipeline * data * context
+    return ParallelLayout(tensor=tensor, pipeline=pipeline, world_size=world, rank=draw(st.integers(0, world - 1)), context=context)
 
 
 @given(layouts())
 def test_coordinates_and_rank_are_inverse(layout):
-    assert layout.rank_at(tp=layout.tp_rank, dp=layout.dp_rank, pp=layout.pp_rank) == layout.rank
-    coordinates = {(at.tp_rank, at.dp_rank, at.pp_rank) for at in map(layout.at, range(layout.world_size))}
+    assert layout.rank_at(tp=layout.tp_rank, cp=layout.cp_rank, dp=layout.dp_rank, pp=layout.pp_rank) == layout.rank
+    coordinates = {(at.tp_rank, at.cp_rank, at.dp_rank, at.pp_rank) for at in map(layout.at, range(layout.world_size))}
     assert len(coordinates) == layout.world_size
 
 
-@given(layouts(), st.sampled_from(["tp", "dp", "pp", "model"]))
+@given(layouts(), st.sampled_from(["tp", "cp", "dp", "pp", "model"]))
 def test_groups_of_an_axis_partition_the_world(layout, axis):
     groups = {layout.at(rank).ranks_along(axis) for rank in range(layout.world_size)}
     assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
@@ -33,7 +33,7 @@ def test_groups_of_an_axis_partition_the_world(layout, axis):
 
 @given(layouts())
 def test_the_tensor_rank_changes_fastest_and_the_pipeline_rank_slowest(layout):
-    order = [(at.pp_rank, at.dp_rank, at.tp_rank) for at in map(layout.at, range(layout.world_size))]
+    order = [(at.pp_rank, at.dp_rank, at.cp_rank, at.tp_rank) for at in map(layout.at, range(layout.world_size))]
     assert order == sorted(order)
 
 

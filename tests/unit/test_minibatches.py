@@ -12,7 +12,7 @@ from megarl.ppo.minibatches import plan_minibatches
 def test_every_sample_is_learned_from_once_an_epoch(num_minibatches, share, data, seed, step):
     size = share * data
     plan = plan_minibatches(num_minibatches * size, size, data, seed, step, epoch=0)
-    learned = np.concatenate([plan.share(rank).ravel() for rank in range(data)])
+    learned = np.concatenate([ids for rank in range(data) for ids in plan.share(rank)])
     assert sorted(learned.tolist()) == list(range(num_minibatches * size))
 
 
@@ -20,14 +20,27 @@ def test_every_sample_is_learned_from_once_an_epoch(num_minibatches, share, data
 def test_a_minibatch_is_the_same_under_every_layout(data):
     single = plan_minibatches(64, 16, 1, seed=5, step=7, epoch=1)
     spread = plan_minibatches(64, 16, data, seed=5, step=7, epoch=1)
-    together = np.concatenate([spread.share(rank) for rank in range(data)], axis=1)
-    assert np.array_equal(together, single.share(0))
+    together = np.concatenate([np.stack(spread.share(rank)) for rank in range(data)], axis=1)
+    assert np.array_equal(together, single.order)
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2, 4]), st.lists(st.integers(1, 90), min_size=72, max_size=72))
+def test_by_work_a_minibatch_holds_the_same_samples_and_ranks_are_even(num_minibatches, share, data, lengths):
+    size = share * data
+    costs = np.array(lengths[: num_minibatches * size], dtype=np.float64)
+    plan = plan_minibatches(num_minibatches * size, size, data, seed=1, step=2, epoch=0, costs=costs)
+    assert np.array_equal(plan.order, plan_minibatches(num_minibatches * size, size, 1, seed=1, step=2, epoch=0).order)
+    for number, ids in enumerate(plan.order):
+        shares = [plan.share(rank)[number] for rank in range(data)]
+        assert sorted(np.concatenate(shares)) == sorted(ids) and min(map(len, shares)) >= 1
+        work = [costs[mine].sum() for mine in shares]
+        assert max(work) - min(work) <= costs[ids].max()
 
 
 def test_destinations_agree_with_shares():
     plan = plan_minibatches(48, 12, 4, seed=1, step=2, epoch=3)
     for rank in range(4):
-        assert (plan.destinations(plan.share(rank).ravel()) == rank).all()
+        assert (plan.destinations(np.concatenate(plan.share(rank))) == rank).all()
 
 
 def test_epochs_steps_and_seeds_have_their_own_order():

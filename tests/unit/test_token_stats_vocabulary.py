@@ -22,11 +22,11 @@ def expected_stats(hidden, weight, targets, temperature):
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
 
 
-@pytest.mark.parametrize("rows_per_slice", [1, 3, 100])
+@pytest.mark.parametrize("rows_per_slice, keeps_slice", [(1, False), (3, False), (3, True), (100, False), (100, True)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_stats_and_gradients_equal_log_softmax(rows_per_slice, temperature):
+def test_stats_and_gradients_equal_log_softmax(rows_per_slice, keeps_slice, temperature):
     hidden, weight, targets, coefs = inputs()
-    shard = VocabularyShard(0, VOCAB, temperature, rows_per_slice)
+    shard = VocabularyShard(0, VOCAB, temperature, rows_per_slice, keeps_slice=keeps_slice)
     found = vocabulary_stats(hidden, weight, targets, shard, with_entropy=True)
     expected = expected_stats(hidden, weight, targets, temperature)
     for a, b in zip(found, expected, strict=True):

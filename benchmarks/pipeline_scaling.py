@@ -1,0 +1,128 @@
+"""Time of a training pass against the simulator's prediction, over microbatches and stages.
+
+The costs of F, H and B are measured once (computing time of every operation, waiting left out, at the largest number of microbatches of
+each number of stages); the simulator then predicts every other pass. A pass is measured from the first operation of any stage to the
+last. More stages than cores would share them, so stages stop at the number of cores; one stage runs Megatron's loop and is predicted as
+the sum of all operations of two stages.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.pipeline_loss import MICROBATCH, experience, make_run, model_spec
+from benchmarks.table import main
+from megarl.models.random_weights import RandomSource
+from megarl.parallel import groups, pipeline
+from megarl.parallel.schedule import Operation, Schedule, StageCosts, simulate
+from megarl.parallel.stage_loop import StageLoop
+from megarl.ppo.roles import Actor
+from tests.ranks import run_ranks
+
+VOCABULARY = 8192
+KINDS = {"F": "_forward_step", "H": "_head_step", "B": "_backward_step"}
+
+
+class Clock:
+    """When each operation of this rank began and ended, and its computing time."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, float, float, float]] = []
+        for kind, name in KINDS.items():
+            setattr(StageLoop, name, self._timed(kind, getattr(StageLoop, name)))
+
+    def _timed(self, kind: str, step: Any) -> Any:
+        def timed(loop: StageLoop, number: int) -> None:
+            start, computing = time.perf_counter(), time.thread_time()
+            step(loop, number)
+            self.spans.append((kind, start, time.perf_counter(), time.thread_time() - computing))
+
+        return timed
+
+
+def passes(rank: int, world_size: int, counts: tuple[int, ...], repeats: int) -> dict[str, list]:
+    """For each number of microbatches: begin and end of every repeat, and the median cost of each kind of operation."""
+    run = make_run({"pipeline": world_size, "distributed_optimizer": False}, max(counts) * MICROBATCH)
+    layout = groups.initialize(run.parallel, seed=0)
+    spec = model_spec(VOCABULARY)
+    actor = Actor(spec, run, layout, RandomSource(spec.table("actor"), 0))
+    batch, clock = experience(VOCABULARY, max(counts) * MICROBATCH), Clock()
+    whole = _whole_passes() if world_size == 1 else None
+    result: dict[str, list] = {"spans": [], "costs": [], "orders": []}
+    for count in counts:
+        rows, spans, costs, seen = batch.rows(slice(0, count * MICROBATCH)), [], [], []
+        for repeat in range(repeats + 1):
+            clock.spans.clear()
+            torch.distributed.barrier()
+            actor.update(rows)
+            seen = list(whole if whole is not None else clock.spans)
+            if repeat:
+                spans.append((min(s[1] for s in seen), max(s[2] for s in seen)))
+                costs.append([median([s[3] for s in seen if s[0] == kind] or [0.0]) for kind in "FHB"])
+            if whole is not None:
+                whole.clear()
+        result["orders"].append([kind for kind, *_ in seen])
+        result["spans"].append(spans)
+        result["costs"].append([median(cost[i] for cost in costs) for i in range(3)])
+    return result
+
+
+def executed(kinds: list[list[str]], num_microbatches: int) -> Schedule:
+    """The schedule that the stages did, from the kinds of their operations."""
+    orders = []
+    for stage in kinds:
+        done = {"F": 0, "H": 0, "B": 0}
+        order = []
+        for kind in stage:
+            order.append(Operation(kind, done[kind]))
+            done[kind] += 1
+        orders.append(tuple(order))
+    return Schedule(tuple(orders), num_microbatches)
+
+
+def _whole_passes() -> list:
+    """Where there is one stage: the begin and end of each pass."""
+    found, original = [], pipeline.forward_backward
+
+    def timed(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        metrics = original(*arguments)
+        found.append(("F", start, time.perf_counter(), 0.0))
+        return metrics
+
+    pipeline.forward_backward = timed
+    return found
+
+
+def measure(quick: bool) -> Mapping[str, Any]:
+    counts = (2, 8) if quick else (1, 2, 4, 8, 16)
+    repeats = 3 if quick else 7
+    rows, total = [], 0.0
+    for stages in sorted(range(1, min(4, os.cpu_count() or 1) + 1), reverse=True):
+        ranks = run_ranks(passes, stages, counts, repeats, timeout_s=900)
+        costs = StageCosts(*(tuple(rank["costs"][-1][i] for rank in ranks) for i in range(3)))
+        total = sum(map(sum, (costs.forward, costs.head, costs.backward))) if stages > 1 else total
+        for number, count in enumerate(counts):
+            spans = zip(*(rank["spans"][number] for rank in ranks), strict=True)
+            measured = median(max(end for _, end in span) - min(start for start, _ in span) for span in spans)
+            order = executed([rank["orders"][number] for rank in ranks], count)
+            predicted = simulate(order, costs).makespan if stages > 1 else count * total
+            rows.append(
+                {
+                    "stages": stages,
+                    "microbatches": count,
+                    "measured_s": measured,
+                    "predicted_s": predicted,
+                    "measured_over_predicted": measured / predicted,
+                }
+            )
+    worst = max(rows, key=lambda r: abs(r["measured_over_predicted"] - 1))
+    return {"passes": rows, "largest_deviation": abs(worst["measured_over_predicted"] - 1)}
+
+
+if __name__ == "__main__":
+    main("pipeline_scaling", __doc__.splitlines()[0], measure)

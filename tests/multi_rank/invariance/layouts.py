@@ -1,0 +1,164 @@
+"""The layouts under which everything must come out the same, as data. A new axis is a line in one of the lists."""
+
+from dataclasses import dataclass, field
+
+VOCAB = 100  # no multiple of tensor ranks or of 64
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+QWEN3 = {"head_dim": 16, "tie_word_embeddings": True}
+FAMILIES = {
+    "llama": BASE | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+    "qwen2": BASE | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3 tied": BASE | QWEN3 | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    "mixtral": BASE | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3-moe": BASE
+    | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "tie_word_embeddings": True}
+    | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1}
+    | {"mlp_only_layers": []},
+}
+MIXTURES = ("mixtral", "qwen3-moe")
+SHORT = {
+    "tensor": "tp",
+    "pipeline": "pp",
+    "virtual_pipeline": "vpp",
+    "context": "cp",
+    "expert": "ep",
+    "microbatch_size": "mbs",
+    "max_tokens_per_microbatch": "pack",
+    "logits_bytes": "logits",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to compute the same: `ranks`, and the keys of `parallel` that differ from their defaults."""
+
+    family: str
+    ranks: int
+    parallel: dict = field(default_factory=dict)
+    layers: int = 3
+    ppo: dict = field(default_factory=dict)
+
+    @property
+    def reference(self) -> "Layout":
+        """The same work on one rank, all sequences side by side in one microbatch."""
+        return Layout(self.family, 1, layers=self.layers, ppo=self.ppo)
+
+    @property
+    def hf_config(self) -> dict:
+        return FAMILIES[self.family] | {"num_hidden_layers": self.layers}
+
+    def __str__(self) -> str:
+        replica = self.parallel.get("tensor", 1) * self.parallel.get("pipeline", 1) * self.parallel.get("context", 1)
+        words = [f"dp{self.ranks // replica}"] if self.ranks > replica else []
+        words += [f"{short}{self.parallel[key]}" for key, short in SHORT.items() if key in self.parallel]
+        words += ["sp"] if self.parallel.get("sequence") else []
+        words += [f"recompute={self.parallel['recompute']}"] if "recompute" in self.parallel else []
+        words += ["head=" + self.parallel["head"]] if "head" in self.parallel else []
+        words += ["whole optimizer"] if self.parallel.get("distributed_optimizer") is False else []
+        words += [self.ppo["aggregation"]] if "aggregation" in self.ppo else []
+        words += [f"{self.layers} layers"] if self.layers != 3 else []
+        return f"{self.family}, {self.ranks} rank{'s' * (self.ranks > 1)}: {' '.join(words) or 'one microbatch'}"
+
+
+def rows(family: str, ranks: int, *parallel: dict, layers: int = 3, ppo: dict | None = None) -> list[Layout]:
+    """One family on so many ranks in several ways."""
+    return [Layout(family, ranks, keys, layers, ppo or {}) for keys in parallel]
+
+
+SEQUENCE_MEAN = {"aggregation": "sequence_mean"}
+SP2 = {"tensor": 2, "sequence": True}
+SMALL_LOGITS = {"logits_bytes": 2000}  # a few tokens of the vocabulary
+
+# Every axis once or twice, on one, two and four ranks: the slice of every test run.
+CI = [
+    *rows("llama", 1, {"microbatch_size": 3} | SMALL_LOGITS, {"max_tokens_per_microbatch": 32, "recompute": "full"}),
+    *rows("llama", 2, {"tensor": 2}, {"pipeline": 2, "microbatch_size": 3, "head": "last_stage"}, {"distributed_optimizer": False}),
+    *rows("qwen3 tied", 2, {"pipeline": 2, "microbatch_size": 1, "head": "sharded"}, {"context": 2, "recompute": "selective"}),
+    *rows("mixtral", 2, {"expert": 2, "microbatch_size": 2}),
+    *rows("qwen2", 4, SP2 | {"pipeline": 2, "microbatch_size": 3, "max_tokens_per_microbatch": 32}),
+    *rows("qwen3 tied", 4, SP2 | {"context": 2}),
+    *rows("qwen3-moe", 4, SP2 | {"expert": 4, "microbatch_size": 3}),
+    *rows("llama", 4, {"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 2}, layers=5),
+]
+
+_DENSE_ON_ONE = [
+    {"microbatch_size": 1},
+    {"microbatch_size": 3} | SMALL_LOGITS,
+    {"max_tokens_per_microbatch": 32},
+    {"recompute": "selective", "microbatch_size": 2},
+    {"recompute": "full"},
+]
+_DENSE_ON_TWO = [
+    {"microbatch_size": 3},
+    {"distributed_optimizer": False, "microbatch_size": 2},
+    {"max_tokens_per_microbatch": 24},
+    {"tensor": 2},
+    SP2 | {"microbatch_size": 3, "recompute": "selective"},
+    SP2 | {"max_tokens_per_microbatch": 32},
+    {"pipeline": 2, "microbatch_size": 3, "head": "last_stage"} | SMALL_LOGITS,
+    {"pipeline": 2, "microbatch_size": 1, "head": "sharded"} | SMALL_LOGITS,
+    {"pipeline": 2, "max_tokens_per_microbatch": 32, "recompute": "full"},
+    {"context": 2, "microbatch_size": 3},
+]
+_DENSE_ON_FOUR = [
+    {"microbatch_size": 1},
+    {"tensor": 2, "microbatch_size": 3},
+    {"tensor": 4, "sequence": True},  # more ranks than key-value heads
+    SP2 | {"pipeline": 2, "microbatch_size": 3, "head": "sharded"},
+    SP2 | {"pipeline": 2, "max_tokens_per_microbatch": 32, "head": "last_stage"},
+    {"pipeline": 2, "microbatch_size": 2, "distributed_optimizer": False},
+    SP2 | {"context": 2, "recompute": "full"},
+    {"pipeline": 2, "context": 2, "microbatch_size": 3},
+    {"context": 4},
+]
+_DENSE_ON_EIGHT = [
+    SP2 | {"pipeline": 2, "microbatch_size": 2, "recompute": "selective"},
+    SP2 | {"pipeline": 2, "context": 2, "microbatch_size": 3},
+    {"tensor": 4, "sequence": True, "pipeline": 2, "max_tokens_per_microbatch": 32},
+]
+_DEEP_ON_FOUR = [
+    {"pipeline": 4, "microbatch_size": 1, "head": "sharded"},  # one microbatch has fewer tokens to learn than there are stages
+    {"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 2},
+    SP2 | {"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 1},
+    {"pipeline": 2, "virtual_pipeline": 2, "context": 2, "microbatch_size": 3},
+]
+_DEEP_ON_EIGHT = [
+    {"pipeline": 8, "microbatch_size": 1, "head": "sharded"},
+    {"pipeline": 4, "virtual_pipeline": 2, "microbatch_size": 1},
+    SP2 | {"pipeline": 4, "microbatch_size": 2},
+]
+_MIXTURE_ON_TWO = [{}, {"expert": 2}, SP2, SP2 | {"expert": 2, "microbatch_size": 3}, {"pipeline": 2, "microbatch_size": 2}]
+_MIXTURE_ON_FOUR = [
+    {"expert": 2, "microbatch_size": 2},
+    {"expert": 4},
+    SP2 | {"expert": 4, "recompute": "full"},
+    {"pipeline": 2, "expert": 2, "microbatch_size": 2},
+    SP2 | {"pipeline": 2, "expert": 2, "microbatch_size": 3},
+]
+_MIXTURE_ON_EIGHT = [SP2 | {"pipeline": 2, "expert": 4, "microbatch_size": 2}, {"expert": 4, "distributed_optimizer": False}]
+
+NIGHTLY = [
+    *(row for family in ("llama", "qwen2", "qwen3 tied") for row in rows(family, 1, *_DENSE_ON_ONE)),
+    *(row for family in ("llama", "qwen2", "qwen3 tied") for row in rows(family, 2, *_DENSE_ON_TWO)),
+    *(row for family in ("llama", "qwen2", "qwen3 tied") for row in rows(family, 4, *_DENSE_ON_FOUR)),
+    *(row for family in ("llama", "qwen3 tied") for row in rows(family, 4, *_DEEP_ON_FOUR, layers=5)),
+    *(row for family in ("llama", "qwen3 tied") for row in rows(family, 8, *_DENSE_ON_EIGHT)),
+    *(row for family in ("llama", "qwen3 tied") for row in rows(family, 8, *_DEEP_ON_EIGHT, layers=8)),
+    *rows("llama", 2, {"pipeline": 2, "microbatch_size": 3}, {"microbatch_size": 3}, {"tensor": 2}, ppo=SEQUENCE_MEAN),
+    *rows("llama", 2, {"pipeline": 2, "microbatch_size": 3}, {"microbatch_size": 3}, ppo={"aggregation": "sequence_sum_fixed"}),
+    *(row for family in MIXTURES for row in rows(family, 1, {"microbatch_size": 3}, {"recompute": "full", "microbatch_size": 1})),
+    *(row for family in MIXTURES for row in rows(family, 2, *_MIXTURE_ON_TWO)),
+    *(row for family in MIXTURES for row in rows(family, 4, *_MIXTURE_ON_FOUR)),
+    *(row for family in MIXTURES for row in rows(family, 8, *_MIXTURE_ON_EIGHT)),
+]

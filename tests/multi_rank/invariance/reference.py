@@ -1,0 +1,163 @@
+"""What is computed under every layout: each role's answers, the credit made of them, and what each lesson teaches its model.
+
+One rank, with all sequences in one microbatch, is the reference. Every rank of a layout runs `computed`.
+
+Every learner takes two kinds of steps from the same start. One with a learning rate so large that the weights *are* the gradient:
+with Adam's eps at 1 and gradients clipped to norm 1 the first update is lr g / (|g| + 1). Then, weights and optimizer put back, two
+steps of an ordinary size. Adam with its small default eps would divide nearly zero gradients by themselves: it turns a rounding error of
+a gradient that should be zero into a full step, so it tells nothing about layouts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megarl.config import PpoRun
+from megarl.course.reward_model import comparison_loss
+from megarl.course.sft import imitation_loss
+from megarl.metrics import Metrics
+from megarl.models.family import spec_from_hf_config
+from megarl.models.learner import Learner
+from megarl.models.pieces import load_pieces
+from megarl.models.token_stats import LogprobHead, PolicyHead, ScoreHead
+from megarl.parallel import groups
+from megarl.ppo.credit import assign_credit
+from megarl.ppo.roles import Actor, Critic, Reference, RewardModel, build_learner
+from megarl.records import DemonstrationBatch, PreferenceBatch, RolloutBatch
+from tests.multi_rank.invariance.layouts import MIXTURES, VOCAB, Layout
+from tests.multi_rank.role_cases import DictSource, updated_weights, weights
+
+NUM_ROWS, NUM_TOKENS = 8, 13  # eight data ranks have a row each
+SEEDS = {"actor": 1, "critic": 2, "reference": 3, "reward model": 4, "sft": 5, "reward": 6}
+ROLES = {"actor": "actor", "critic": "critic", "reference": "actor", "reward model": "critic", "sft": "actor", "reward": "critic"}
+LEARNERS = ("actor", "critic", "sft", "reward")
+GRADIENT_LR = 1000.0
+
+
+class EntropyHead(PolicyHead):
+    """The entropy alone."""
+
+    def __call__(self, *arguments) -> Tensor:
+        return super().__call__(*arguments)[1]
+
+    def of_share(self, *arguments) -> Tensor:
+        return super().of_share(*arguments)[1]
+
+
+@dataclass(frozen=True)
+class Given:
+    """The whole batch that every layout works on: rollout, noise on what the models say about it, rejected answers."""
+
+    rollout: RolloutBatch
+    drift: Tensor  # f32[B, T]
+    preferences: PreferenceBatch
+
+
+def make_given() -> Given:
+    """Eight sequences of 4 to 13 tokens. One has no response, one a response of a single token, one was cut."""
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.tensor([13, 8, 5, 9, 12, 4, 7, 10])
+    prompts = torch.tensor([3, 2, 5, 4, 1, 3, 3, 6])
+    position = torch.arange(NUM_TOKENS)[None]
+    mask = (position >= prompts[:, None]) & (position < lengths[:, None])
+    tokens = torch.randint(1, VOCAB, mask.shape, generator=generator).masked_fill(position >= lengths[:, None], 0)
+    drift = torch.where(mask, 0.3 * torch.randn(mask.shape, generator=generator), 0.0)
+    rollout = RolloutBatch(
+        token_ids=tokens,
+        lengths=lengths,
+        response_mask=mask,
+        rollout_logprobs=torch.where(mask, -4.6, 0.0),
+        rewards=torch.randn(NUM_ROWS, generator=generator),
+        truncated=torch.arange(NUM_ROWS) == 4,
+        group_ids=torch.arange(NUM_ROWS),
+        sample_ids=torch.arange(NUM_ROWS),
+    )
+    rejected = torch.arange(NUM_ROWS).roll(3)
+    return Given(rollout, drift, PreferenceBatch(tokens, lengths, tokens[rejected], lengths[rejected]))
+
+
+def make_run(layout: Layout) -> PpoRun:
+    optimizer = {"lr": 1.0, "eps": 1.0, "clip_grad": 1.0, "router_balance": 0.02 if layout.family in MIXTURES else 0.0}
+    model = {"path": "model", "optimizer": optimizer}
+    return PpoRun.model_validate(
+        {
+            "output_dir": "out",
+            "tokenizer": "tokenizer",
+            "precision": "fp32",
+            "parallel": {"microbatch_size": 2 * NUM_ROWS} | layout.parallel,  # a pair is two sequences
+            "actor": model,
+            "critic": model,
+            "rewards": [{"kind": "exact"}],
+            "data": {"path": "prompts.jsonl"},
+            "rollout": {"prompts_per_step": NUM_ROWS, "max_response_tokens": 11, "temperature": 0.7},
+            "ppo": {"total_steps": 10, "minibatch_size": NUM_ROWS, "entropy_coef": 0.05, "dual_clip": 3.0} | layout.ppo,
+        }
+    )
+
+
+def computed(case: Layout) -> dict:
+    """Everything, as this rank holds it: rows of its replica, its own pieces of gradients and weights. Called by every rank."""
+    run = make_run(case)
+    layout = groups.initialize(run.parallel, seed=0)
+    spec = spec_from_hf_config(case.hf_config)
+    source = {name: DictSource(weights(spec, ROLES[name], seed)) for name, seed in SEEDS.items()}
+    given, share = make_given(), NUM_ROWS // layout.data
+    mine = slice(layout.dp_rank * share, (layout.dp_rank + 1) * share)
+    rollout, drift, preferences = given.rollout.rows(mine), given.drift[mine], given.preferences.rows(mine)
+
+    actor, critic = Actor(spec, run, layout, source["actor"]), Critic(spec, run, layout, source["critic"])
+    entropy_head = EntropyHead(run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
+    answers = {
+        "log-probs": actor.logprobs(rollout),
+        "reference log-probs": Reference(spec, run, layout, source["reference"]).logprobs(rollout),
+        "entropy": actor.learner.forward(rollout, entropy_head),
+        "values": critic.values(rollout),
+        "scores": RewardModel(spec, run, layout, source["reward model"]).scores(rollout),
+    }
+    old, ref = answers["log-probs"] + drift, answers["reference log-probs"]
+    experience = assign_credit(rollout, old, ref, answers["values"] + drift, run.ppo, 0.05, layout)
+    answers |= {"advantages": experience.advantages, "returns": experience.returns}
+    learned = {
+        "actor": taught(actor.learner, actor.pieces, source["actor"], lambda: actor.update(experience)),
+        "critic": taught(critic.learner, critic.pieces, source["critic"], lambda: critic.update(experience)),
+    }
+    demonstrations = DemonstrationBatch(rollout.token_ids, rollout.lengths, rollout.response_mask)
+    imitation = LogprobHead(run.parallel.logits_bytes, mask_field="loss_mask")
+    tokens = float(given.rollout.response_mask.sum())
+    for name, batch, head, loss, denominator in (
+        ("sft", demonstrations, imitation, imitation_loss, tokens),
+        ("reward", preferences, ScoreHead(), comparison_loss, float(NUM_ROWS)),
+    ):
+        learner, pieces = build_learner(spec, ROLES[name], run.actor, run, layout, source[name], total_steps=10)
+        step = partial(learner.step, batch, head, partial(loss, denominator=denominator))
+        learned[name] = taught(learner, pieces, source[name], step)
+    return {"dp_rank": layout.dp_rank, "answers": answers, "learned": learned}
+
+
+def taught(learner: Learner, pieces: list, source: DictSource, step: Callable[[], Metrics]) -> dict:
+    """The metrics of a step and its gradient; then, from the same start again, the weights after two steps and the second's metrics."""
+    optimizer = {name: tensor.clone() for name, tensor in learner.optimizer_tensors().items()}
+    counts, settings = learner.optimizer_json(), learner.config
+    learner.config = settings.model_copy(update={"lr": GRADIENT_LR})
+    first = step().to_json()
+    gradient = updated_weights(pieces)
+    load_pieces(pieces, source)
+    learner.refresh_main_params()
+    learner.load_optimizer(optimizer, counts)
+    learner.config = settings
+    step()
+    return {"first": first, "gradient": gradient, "second": step().to_json(), "weights": updated_weights(pieces)}
+
+
+def computed_for(rank: int, world_size: int, layouts: list[Layout]) -> list[dict]:
+    """For `run_ranks`: several layouts in one group of ranks."""
+    results = []
+    for layout in layouts:
+        try:
+            results.append(computed(layout))
+        except Exception as error:
+            raise AssertionError(f"{layout}: {error}") from error
+    return results

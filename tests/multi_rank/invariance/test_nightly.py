@@ -1,0 +1,14 @@
+"""Every layout of the long list, up to eight ranks, computes what one rank computes. Half an hour on two cores."""
+
+import pytest
+
+from tests.multi_rank.invariance.compare import compared, faults
+from tests.multi_rank.invariance.layouts import NIGHTLY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", sorted({layout.ranks for layout in NIGHTLY}))
+def test_all_layouts_leave_the_numbers_alone(ranks):
+    found = compared([layout for layout in NIGHTLY if layout.ranks == ranks], timeout_s=1200)
+    lines = [line for layout, largest in found for line in faults(layout, largest)]
+    assert not lines, "\n".join(lines)
