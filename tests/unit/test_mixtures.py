@@ -56,7 +56,7 @@ def test_a_mixture_that_fits(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "models", "words"),
     [
-        (("parallel.sequence=true", "parallel.expert=4", "parallel.tensor=4"), ("actor",), "a divisor of the 6 experts of actor: 1, 2, 3, 6"),
+        (("parallel.sequence=true", "parallel.expert=4", "parallel.tensor=4"), ("actor",), "the 6 experts of actor: 1, 2, 3, 6"),
         (("parallel.expert=2",), ("actor",), "parallel.sequence: found false with parallel.tensor 2; expected true: actor is a mixture"),
         (EXPERT, (), "parallel.expert: found 2; expected 1: no model of this run is a mixture"),
         (("critic.optimizer.router_balance=0.1", "parallel.sequence=true"), ("actor",), "found 0.1; expected 0: critic is dense"),
