@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests: `bash launch/test.sh [--slow] [pytest arguments]`. Under 20 minutes on two cores.
 #   --slow     the slow slice (whole courses, larger worlds) instead of the default selection
-# Exit code: pytest's; 124 when the whole run takes longer than MEGARL_TEST_TIMEOUT seconds [1500].
+# Exit code: pytest's; 124 when the whole run takes longer than MEGARL_TEST_TIMEOUT seconds [2400].
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,5 +16,5 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # ranks of the multi-rank tests share the cores
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 "$MEGARL_PYTHON" -m ruff check . || exit 1
-exec timeout --signal=INT --kill-after=30 "${MEGARL_TEST_TIMEOUT:-1500}" \
+exec timeout --signal=INT --kill-after=30 "${MEGARL_TEST_TIMEOUT:-2400}" \
     "$MEGARL_PYTHON" -m pytest -m "$selection" --durations=15 "$@"

@@ -152,6 +152,10 @@ def model_on(transformers, tensors: dict[str, torch.Tensor]):
 
 
 def test_experts_and_the_rest_resume_exactly():
-    case = Case({"expert": 2}, optimizer=TRAINING | {"router_balance": 0.01}, model=QWEN3_MOE)
-    reports = run_ranks(resume, 2, case)
-    assert all(report["num_tensors"] > 0 for report in reports)
+    optimizer = TRAINING | {"router_balance": 0.01}
+    cases = [
+        Case({"expert": 2}, optimizer=optimizer, model=QWEN3_MOE),
+        Case({"tensor": 2, "sequence": True, "distributed_optimizer": False}, optimizer=optimizer, model=QWEN3_MOE, precision="bf16"),
+    ]
+    for reports in run_all([(resume, (case,)) for case in cases], 2):
+        assert all(report["num_tensors"] > 0 for report in reports)

@@ -1,4 +1,7 @@
-"""The same update under every layout and every cut: answers, gradients and metrics equal those of one rank, and of transformers."""
+"""One rank computes what transformers and plain autograd compute; layouts in bf16 stay near it.
+
+That layouts in float32 compute what one rank computes is the matter of `tests/multi_rank/invariance`.
+"""
 
 from dataclasses import replace
 
@@ -14,27 +17,8 @@ BASE = Case()
 TIED = Case(model={"tie_word_embeddings": True})
 QWEN2 = Case(model={"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})  # query, key and value biases
 QWEN3 = Case(model={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16})  # norms of queries and keys
-CUT = [Case({"microbatch_size": 1}), Case({"microbatch_size": 3, "logits_bytes": 2000})]
-ON_ONE = [BASE, TIED, replace(TIED, precision="bf16"), QWEN2, QWEN3, *CUT]
-ON_TWO = [
-    Case({"tensor": 2}),
-    Case({"tensor": 2, "sequence": True, "microbatch_size": 3, "recompute": "selective"}),
-    Case({"pipeline": 2, "microbatch_size": 3}),
-    Case({"pipeline": 2, "recompute": "full"}, model=TIED.model),
-    Case({"distributed_optimizer": False, "microbatch_size": 2}),
-    Case({"microbatch_size": 3}),
-    Case({"tensor": 2}, model=QWEN3.model),
-    Case({"tensor": 2, "sequence": True}, model=QWEN2.model),
-]
-ON_FOUR = [
-    Case({"tensor": 2, "pipeline": 2, "sequence": True, "microbatch_size": 3}),
-    Case({"tensor": 2, "pipeline": 2, "sequence": True}, model=TIED.model),
-    Case({"tensor": 2, "pipeline": 2, "sequence": True}, model=TIED.model, precision="bf16"),
-    Case({"pipeline": 2, "microbatch_size": 2}),
-    Case({"tensor": 2, "sequence": True, "distributed_optimizer": False}),
-    Case({"tensor": 2, "pipeline": 2, "sequence": True}, model=QWEN3.model),
-    Case({"tensor": 4, "sequence": True}),  # more ranks than key-value heads; two of them hold no real token of the vocabulary
-]
+ON_ONE = [BASE, TIED, replace(TIED, precision="bf16")]
+ON_FOUR = [Case({"tensor": 2, "pipeline": 2, "sequence": True}, model=TIED.model, precision="bf16")]
 AGGREGATED = ["sequence_mean", "sequence_sum_fixed"]
 
 
@@ -93,7 +77,7 @@ def total(results: list[dict], key: str) -> dict[str, float]:
     return entire.values_by_name()
 
 
-@pytest.mark.parametrize("world_size, cases", [(2, ON_TWO), (4, ON_FOUR)])
+@pytest.mark.parametrize("world_size, cases", [(4, ON_FOUR)])
 def test_layouts_agree_with_one_rank(world_size, cases, one_rank):
     faults = []
     for case, found in zip(cases, by_case(run_ranks(run_cases, world_size, cases)), strict=True):
@@ -102,11 +86,6 @@ def test_layouts_agree_with_one_rank(world_size, cases, one_rank):
         except AssertionError as fault:
             faults.append(f"{case}: {fault}")
     assert not faults, "\n".join(faults)
-
-
-@pytest.mark.parametrize("case", CUT, ids=str)
-def test_the_cut_into_microbatches_and_slices_does_not_show(case, one_rank):
-    assert_same(one_rank[repr(case)], one_rank[repr(BASE)], case)
 
 
 @pytest.mark.parametrize("case", [BASE, TIED, *(Case(ppo={"aggregation": name}) for name in AGGREGATED)], ids=str)

@@ -1,11 +1,14 @@
 """`assign_credit` does what its knobs say: the estimator of the KL, its coefficient, no whitening, the value after a cut response."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from megarl.config import PpoConfig
+from megarl.config import ParallelConfig, PpoConfig
+from megarl.parallel import groups
+from megarl.parallel.layout import ParallelLayout
 from megarl.ppo.credit import assign_credit
 from megarl.records import RolloutBatch
 
@@ -37,9 +40,16 @@ def row(numbers: list[float], outside: float = 0.0) -> torch.Tensor:
     return torch.tensor([[outside, outside, *numbers, outside]])
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[ParallelLayout]:
+    """A world of one rank, ended again for the tests that follow in this process."""
+    yield groups.initialize(ParallelConfig(), seed=0)
+    groups.shutdown()
+
+
 @pytest.mark.parametrize("estimator", ESTIMATES)
 @pytest.mark.parametrize("bootstrap", [False, True])
-def test_credit_is_the_loop(estimator, bootstrap):
+def test_credit_is_the_loop(estimator, bootstrap, alone):
     gamma, lam, coef = 0.9, 0.8, 0.5
     config = PpoConfig(
         total_steps=1,
@@ -51,7 +61,7 @@ def test_credit_is_the_loop(estimator, bootstrap):
         bootstrap_truncated=bootstrap,
         kl={"estimator": estimator, "coef": 7.0},  # the start value; this step's is an argument
     )
-    found = assign_credit(cut_response(), row(OLD, 9.0), row(REF, -9.0), row(VALUES, 9.0), config, coef, group=None)
+    found = assign_credit(cut_response(), row(OLD, 9.0), row(REF, -9.0), row(VALUES, 9.0), config, coef, alone)
     rewards = [-coef * ESTIMATES[estimator](old - ref) for old, ref in zip(OLD, REF)]
     rewards[-1] += 2.0  # clipped from 3
     advantages, following, running = [], VALUES[-1] if bootstrap else 0.0, 0.0

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.ppo.minibatches import plan_minibatches
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 6), st.sampled_from([1, 2, 4]), st.integers(0, 1000), st.integers(0, 50))
 def test_every_sample_is_learned_from_once_an_epoch(num_minibatches, share, data, seed, step):
     size = share * data
@@ -24,6 +25,7 @@ def test_a_minibatch_is_the_same_under_every_layout(data):
     assert np.array_equal(together, single.order)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2, 4]), st.lists(st.integers(1, 90), min_size=72, max_size=72))
 def test_by_work_a_minibatch_holds_the_same_samples_and_ranks_are_even(num_minibatches, share, data, lengths):
     size = share * data

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.config import ParallelConfig
@@ -13,6 +13,7 @@ LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=40)
 QUADRATIC = st.sampled_from([0.0, 1e-3, 0.1])
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(64, 300), st.integers(1, 4), QUADRATIC)
 def test_every_row_is_in_one_pack_and_no_pack_is_too_large(lengths, max_tokens, count_multiple, quadratic):
     lengths = np.array(lengths)
@@ -22,6 +23,7 @@ def test_every_row_is_in_one_pack_and_no_pack_is_too_large(lengths, max_tokens, 
     assert len(packs) % count_multiple == 0
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(64, 300))
 def test_packs_are_few(lengths, max_tokens):
     """Two of the packs of one count fewer could not have been filled: at most twice the smallest possible number, plus one."""
@@ -29,6 +31,7 @@ def test_packs_are_few(lengths, max_tokens):
     assert len(packs) <= 2 * -(-sum(lengths) // max_tokens) + 1
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 4), QUADRATIC)
 def test_packs_that_have_room_are_even(lengths, count, quadratic):
     """Where the budget does not bind, packs differ by at most one row's work."""
@@ -39,6 +42,7 @@ def test_packs_that_have_room_are_even(lengths, count, quadratic):
     assert max(work) - min(work) <= costs.max() + 1e-9
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 8), QUADRATIC)
 def test_ranks_differ_by_at_most_one_rows_work(lengths, num_ranks, quadratic):
     costs = Cost(quadratic).of(np.array(lengths))
