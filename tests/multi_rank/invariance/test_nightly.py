@@ -7,6 +7,7 @@ from tests.multi_rank.invariance.layouts import NIGHTLY
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("ranks", sorted({layout.ranks for layout in NIGHTLY}))
 def test_all_layouts_leave_the_numbers_alone(ranks):
     found = compared([layout for layout in NIGHTLY if layout.ranks == ranks], timeout_s=1200)
