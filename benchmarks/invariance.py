@@ -8,14 +8,14 @@ from typing import Any
 
 from benchmarks import table
 from tests.multi_rank.invariance.compare import TOLERANCES, compared, faults
-from tests.multi_rank.invariance.layouts import CI, NIGHTLY
+from tests.multi_rank.invariance.layouts import CI, FOUR, NIGHTLY
 
 QUANTITIES = ("log-probs", "entropy", "values", "scores", "advantages", "returns", "loss", "gradient norm", "gradient", "weights", "update")
 
 
 def measure(quick: bool) -> Mapping[str, Any]:
     rows, too_large = [], []
-    for layout, largest in compared(CI if quick else NIGHTLY, timeout_s=3600):
+    for layout, largest in compared(CI + FOUR if quick else NIGHTLY, timeout_s=3600):
         rows.append({"layout": str(layout), **{name: f"{largest[name].size:.1e}" for name in QUANTITIES}})
         too_large += faults(layout, largest)
     largest = {name: max(float(row[name]) for row in rows) for name in QUANTITIES}

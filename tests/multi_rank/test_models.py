@@ -118,7 +118,7 @@ def _views_follow_the_optimizer(rank: int, world_size: int, directory: str) -> N
     from megarl.parallel import groups
     from megarl.records import TokenBatch
 
-    parallel = ParallelConfig(pipeline=2)
+    parallel = ParallelConfig(pipeline=2, head="last_stage")  # `_head` is a function, which cannot be dealt to stages
     layout = groups.initialize(parallel, seed=0)
     spec = read_spec(Path(directory))
     table = spec.table("actor")

@@ -1,4 +1,4 @@
-"""Every layout of the short list computes what one rank computes."""
+"""Every layout of the short list on one and two ranks computes what one rank computes; the rest of it is in `test_nightly`."""
 
 import copy
 
@@ -15,6 +15,7 @@ def results() -> dict[str, list[dict]]:
     return dict(zip(map(str, layouts), computed_by(layouts), strict=True))
 
 
+@pytest.mark.timeout(600)  # the first one computes them all
 @pytest.mark.parametrize("layout", CI, ids=str)
 def test_a_layout_leaves_the_numbers_alone(layout: Layout, results):
     found = differences(layout, results[str(layout)], results[str(layout.reference)])

@@ -3,7 +3,14 @@
 import pytest
 
 from tests.multi_rank.invariance.compare import compared, faults
-from tests.multi_rank.invariance.layouts import NIGHTLY
+from tests.multi_rank.invariance.layouts import FOUR, NIGHTLY
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_short_list_on_four_ranks_leaves_the_numbers_alone():
+    lines = [line for layout, largest in compared(FOUR) for line in faults(layout, largest)]
+    assert not lines, "\n".join(lines)
 
 
 @pytest.mark.slow
