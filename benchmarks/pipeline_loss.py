@@ -125,9 +125,9 @@ class Meter:
 def alternate(rank: int, world_size: int, vocab_size: int, num_rows: int, num_steps: int) -> dict[str, list[dict[str, float]]]:
     """Steps of both actors in turn, after two of each that do not count. Entered by both ranks."""
     spec, actors = model_spec(vocab_size), {}
-    for head in HEADS_COMPARED:
-        run = make_run({"pipeline": world_size, "head": head}, num_rows)
-        layout = groups.initialize(run.parallel, seed=0)
+    runs = {head: make_run({"pipeline": world_size, "head": head}, num_rows) for head in HEADS_COMPARED}
+    layout = groups.initialize(runs[HEADS_COMPARED[0]].parallel, seed=0)
+    for head, run in runs.items():
         actors[head] = Actor(spec, run, layout, RandomSource(spec.table("actor"), 0))
     batch, meter = experience(vocab_size, num_rows), Meter()
     seen: dict[str, list[dict[str, float]]] = {head: [] for head in HEADS_COMPARED}

@@ -1,5 +1,6 @@
 """Process groups and Megatron's parallel state from a layout. The torchrun environment is read here and in `torchrun`, nowhere else."""
 
+import gc
 import os
 import random
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     """Start torch.distributed (unless started), Megatron's parallel state and the random states. Every rank calls it.
 
     The rendezvous is torchrun's, or none for a world of one; a default process group that exists already is kept. A second
-    call in one process replaces the layout. Raises `LayoutError` when the layout does not fit the world.
+    call in one process replaces the layout and ends the groups of the one before: models built under it can compute no more.
+    Raises `LayoutError` when the layout does not fit the world.
     """
     rank, world_size, local_rank = rank_from_environment()
     layout = ParallelLayout(
@@ -52,7 +54,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     if dist.get_world_size() != world_size:
         raise LayoutError(f"torch.distributed holds {dist.get_world_size()} ranks; expected WORLD_SIZE {world_size}")
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _leave_layout()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -69,6 +71,22 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return layout
+
+
+def _leave_layout() -> None:
+    """Ends the groups of the layout that `initialize` set. Every rank of the world calls it.
+
+    Megatron only forgets its groups. torch keeps them, and with gloo each keeps a thread that wakes a hundred times a second, sockets
+    and two workers: after thirty layouts four ranks did little but wake.
+    """
+    ended = [made for made in parallel_state._global_process_group_list or () if made is not None]  # None: the default group
+    ended += [wire.group for wire in _wires.values()]
+    dist.barrier()  # nobody still waits for a message in one of them
+    parallel_state.destroy_model_parallel()
+    _wires.clear()
+    while ended:
+        dist.destroy_process_group(ended.pop())
+    gc.collect()  # a group's threads end with the last reference to it, and models hold theirs in cycles
 
 
 def _start_torch_distributed(rank: int, world_size: int, timeout_s: int) -> None:
@@ -112,7 +130,6 @@ def wires(layout: ParallelLayout) -> dict[Kind, Wire]:
 
 def _lay_wires(layout: ParallelLayout) -> None:
     """A process group for each kind of message: NCCL knows no tags. Every rank of the world calls it."""
-    _wires.clear()
     if device.is_cuda() and layout.pipeline > 1:
         partition = sorted({layout.at(rank).ranks_along("pp") for rank in range(layout.world_size)})
         _wires.update({kind: Wire(new_group_of(partition), tag=0) for kind in KINDS})
@@ -136,5 +153,6 @@ def shutdown() -> None:
     """Leave Megatron's parallel state and torch.distributed. Every rank calls it; harmless when nothing was started."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    _wires.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,5 +1,7 @@
 """Process groups against the layout's arithmetic, random states, the refusals, and the test runner itself."""
 
+import os
+
 import pytest
 import torch
 
@@ -16,14 +18,22 @@ def _groups_are_the_layouts(rank: int, world_size: int) -> None:
 
     from megarl.parallel import groups
 
+    at_first = 0
     for tensor, pipeline, context in ((2, 2, 1), (1, 2, 1), (4, 1, 1), (1, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4), (1, 1, 2)):
         layout = groups.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, context=context), seed=3)
         assert (layout.rank, layout.world_size) == (rank, world_size)
         for axis in ("tp", "pp", "cp", "dp"):
             assert tuple(dist.get_process_group_ranks(groups.group(layout, axis))) == layout.ranks_along(axis), (axis, layout)
         assert groups.group(layout, "world").size() == world_size
+        at_first = at_first or _num_threads()
+    assert _num_threads() < 1.5 * at_first, "a layout that was replaced left its groups' threads behind"
     halves = groups.new_group_of([(0, 3), (1, 2)])
     assert dist.get_process_group_ranks(halves) == ([0, 3] if rank in (0, 3) else [1, 2])
+
+
+def _num_threads() -> int:
+    """Of this process, those of libraries included; with gloo every group has some."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def _states_come_back(rank: int, world_size: int) -> None:
@@ -82,8 +92,6 @@ def test_a_rank_that_hangs_or_dies_is_named():
 
 
 def _dies(rank: int, world_size: int) -> None:
-    import os
-
     os._exit(9)
 
 
