@@ -105,10 +105,11 @@ def _shared_head(run: Run) -> Iterator[Fault]:
     if parallel.pipeline == 1:
         text = f"{knob}: found sharded with parallel.pipeline 1; expected auto or last_stage, or parallel.pipeline of at least 2"
         yield Fault((knob, "parallel.pipeline"), text)
-    for other in ("virtual_pipeline", "context"):
-        if getattr(parallel, other) > 1:
-            text = f"{knob}: found sharded with parallel.{other} {getattr(parallel, other)}; expected auto or last_stage (or {other} 1)"
-            yield Fault((knob, f"parallel.{other}"), text)
+    if parallel.virtual_pipeline > 1:
+        text = (
+            f"found sharded with parallel.virtual_pipeline {parallel.virtual_pipeline}; expected auto or last_stage (or virtual_pipeline 1)"
+        )
+        yield Fault((knob, "parallel.virtual_pipeline"), f"{knob}: {text}")
 
 
 def _models(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:

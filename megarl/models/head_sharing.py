@@ -20,10 +20,10 @@ from torch import Tensor
 from megarl.config import ParallelConfig
 from megarl.models.spec import ModelSpec, Role, padded_vocab, stage_layers
 from megarl.models.vocabulary import VocabularyShard, vocabulary_stats
-from megarl.parallel import device, groups
+from megarl.parallel import context, device, groups
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.schedule import StageCosts
-from megarl.parallel.token_shards import Share, deal_rows, deal_tokens
+from megarl.parallel.token_shards import Share, gathered_by_owner, owners_of_rows, owners_of_tokens
 from megarl.records import TensorRecord, TokenBatch
 
 device.prepare()
@@ -108,7 +108,7 @@ def chosen_head(parallel: ParallelConfig, role: Role) -> Literal["last_stage", "
     """What `parallel.head` means for a model of this role."""
     if parallel.head != "auto":
         return parallel.head
-    can = parallel.pipeline > 1 and parallel.virtual_pipeline == 1 and parallel.context == 1
+    can = parallel.pipeline > 1 and parallel.virtual_pipeline == 1
     return "sharded" if can and role == "actor" else "last_stage"
 
 
@@ -128,15 +128,24 @@ def owned_weight(replica: HeadReplica) -> Tensor:
 class _TokenShares:
     """Dealing for heads that say something about every token under `mask_field` of the rows; everywhere when it is None."""
 
-    def deal(self, rows: Any, sequences: TokenBatch, num_shares: int, turn: int) -> list[Share]:
-        """The shares of one microbatch, by tokens or by whole rows."""
+    def deal(self, rows: Any, sequences: TokenBatch, holders: context.Holders, num_shares: int, turn: int) -> list[Share]:
+        """The shares of one microbatch, by tokens or by whole rows. Dealt by tokens, every context-parallel rank's are dealt evenly."""
         mask = self.token_mask(rows, sequences)
+        places = sequences.places().roll(1, dims=1)  # the one shift: a token is predicted by the position before it
+        holder = holders.rank[places]
         if self.deals == "rows":
-            masks = [mask & mine[:, None] for mine in deal_rows(mask.sum(1), num_shares, turn)]
+            owner = owners_of_rows(mask.sum(1), num_shares, turn)[:, None].expand_as(mask)
         else:
-            masks = deal_tokens(mask, num_shares)
-        places = sequences.places()
-        return [self._share(rows, places, mine) for mine in masks]
+            owner = torch.zeros_like(places)
+            for rank in range(holders.num_ranks):
+                held = mask & (holder == rank)
+                owner = torch.where(held, owners_of_tokens(held, num_shares), owner)
+        own = torch.where(mask & (holder == holders.own_rank), owner, -1)
+        positions = holders.row[places].flatten()
+        return [
+            Share(self._rows_of(rows, mask & (owner == number)), positions[targets], targets, tuple(mask.shape))
+            for number, targets in enumerate(gathered_by_owner(own.flatten(), num_shares))
+        ]
 
     def token_mask(self, rows: Any, sequences: TokenBatch) -> Tensor:
         """bool[B, T]: the tokens the head speaks about. Nothing predicts the first one."""
@@ -144,11 +153,8 @@ class _TokenShares:
         mask[:, 0] = False
         return mask
 
-    def _share(self, rows: Any, places: Tensor, mine: Tensor) -> Share:
-        sequence, token = mine.nonzero(as_tuple=True)
-        positions = places[sequence, token - 1]  # the one shift: a token is predicted by the position before it
-        rows = rows if self.mask_field is None else replace(rows, **{self.mask_field: mine})
-        return Share(rows, positions, sequence * mine.shape[1] + token, tuple(mine.shape))
+    def _rows_of(self, rows: Any, mine: Tensor) -> Any:
+        return rows if self.mask_field is None else replace(rows, **{self.mask_field: mine})
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class VocabularyShares(_TokenShares):
     def share_stats(self, replica: HeadReplica, hidden: Tensor, share: Share, with_entropy: bool) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropy f32[B, T] of the share, 0 elsewhere.
 
-        Entered by every tensor-parallel rank with equal `hidden`, whose gradient is whole on each of them.
+        Entered by every context-parallel rank, and by every tensor-parallel one with equal `hidden`, whose gradient is whole on each.
         """
         weight = replica.weight
         shard = VocabularyShard(
@@ -171,7 +177,7 @@ class VocabularyShares(_TokenShares):
         )
         targets = share.rows.sequences().token_ids.flatten()[share.targets]
         stats = vocabulary_stats(copy_to_tensor_model_parallel_region(hidden), weight, targets, shard, with_entropy)
-        return tuple(_spread(found, share) for found in stats)
+        return context.summed(torch.stack([_spread(found, share) for found in stats])).unbind(0)
 
 
 @dataclass(frozen=True)
@@ -180,30 +186,29 @@ class ValueShares(_TokenShares):
 
     def of_share(self, replica: HeadReplica, hidden: Tensor, share: Share) -> Tensor:
         """Values f32[B, T] of the share, 0 elsewhere."""
-        return _spread(F.linear(hidden.float(), owned_weight(replica).float()).squeeze(-1), share)
+        return context.summed(_spread(F.linear(hidden.float(), owned_weight(replica).float()).squeeze(-1), share))
 
 
 @dataclass(frozen=True)
 class ScoreShares:
     """Dealing for a head that says one number about every sequence: whole rows, so that pairs stay together."""
 
-    def deal(self, rows: TensorRecord, sequences: TokenBatch, num_shares: int, turn: int) -> list[Share]:
+    def deal(self, rows: TensorRecord, sequences: TokenBatch, holders: context.Holders, num_shares: int, turn: int) -> list[Share]:
         """The shares of one microbatch, by rows."""
-        num_sequences = len(sequences)
         ends = sequences.places().gather(1, (sequences.lengths - 1).clamp(min=0)[:, None]).squeeze(1)
-        shares = []
-        for mine in deal_rows(torch.ones(len(rows), dtype=torch.int64, device=ends.device), num_shares, turn):
-            targets = mine.repeat(rows.sequences_per_row).nonzero().squeeze(1)
-            shares.append(Share(rows.only(mine), ends[targets], targets, (num_sequences,)))
-        return shares
+        owner = owners_of_rows(torch.ones(len(rows), dtype=torch.int64, device=ends.device), num_shares, turn)
+        own = torch.where(holders.rank[ends] == holders.own_rank, owner.repeat(rows.sequences_per_row), -1)
+        return [
+            Share(rows.only(owner == number), holders.row[ends[targets]], targets, tuple(ends.shape))
+            for number, targets in enumerate(gathered_by_owner(own, num_shares))
+        ]
 
     def of_share(self, replica: HeadReplica, hidden: Tensor, share: Share) -> Tensor:
         """Scores f32[B] of the share's sequences, 0 elsewhere."""
-        return _spread(F.linear(hidden.float(), owned_weight(replica).float()).squeeze(-1), share)
+        return context.summed(_spread(F.linear(hidden.float(), owned_weight(replica).float()).squeeze(-1), share))
 
 
 def _spread(found: Tensor, share: Share) -> Tensor:
     """f32[n] at the entries it speaks about, 0 elsewhere."""
     empty = found.new_zeros(torch.Size(share.shape).numel())
     return empty.index_copy(0, share.targets, found).view(share.shape)
-

@@ -10,6 +10,7 @@ Axis letters: S positions of whole sequences (T tokens and padding), C context-p
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,28 @@ def rank() -> int:
 def own_positions(num_positions: int) -> Tensor:
     """The positions that this rank holds, i64[S / C] on its device."""
     return positions_of(rank(), parallel_state.get_context_parallel_world_size(), num_positions).to(device.device())
+
+
+@dataclass(frozen=True)
+class Holders:
+    """Which context-parallel rank holds each hidden state of a microbatch, and its row among that rank's: i64[S B], flattened [S, B]."""
+
+    rank: Tensor
+    row: Tensor
+    num_ranks: int
+    own_rank: int
+
+
+def holders(num_positions: int, width: int) -> Holders:
+    """For `num_positions` of `width` sequences side by side."""
+    num_ranks = parallel_state.get_context_parallel_world_size()
+    rank_of, row_of = torch.zeros(2, num_positions, width, dtype=torch.int64)
+    for number in range(num_ranks):
+        held = positions_of(number, num_ranks, num_positions)
+        rank_of[held] = number
+        row_of[held] = torch.arange(len(held) * width).view(-1, width)
+    where = device.device()
+    return Holders(rank_of.flatten().to(where), row_of.flatten().to(where), num_ranks, rank())
 
 
 def summed(tensor: Tensor) -> Tensor:

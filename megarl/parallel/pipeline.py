@@ -34,9 +34,7 @@ Head = Callable[[torch.nn.Module, Tensor, TokenBatch, Any], Any]  # (chunk, hidd
 LossFunction = Callable[[Any, Any], tuple[Tensor, Metrics]]  # (stats, rows) -> (what the rows add to the loss, metrics)
 
 
-def forward_only(
-    chunks: Sequence[torch.nn.Module], microbatches: Microbatches, head: Head, sharing: Sharing | None = None
-) -> list[Any]:
+def forward_only(chunks: Sequence[torch.nn.Module], microbatches: Microbatches, head: Head, sharing: Sharing | None = None) -> list[Any]:
     """What `head` says about each microbatch (detached), to be summed over the stages. Every rank of the replica calls.
 
     With `sharing` every stage says its share; without, the last stage says it all and the other lists are empty.
@@ -95,33 +93,38 @@ def _share(
     config = get_model_config(model)
     num_positions = _num_positions(microbatches, config)
     is_split = config.sequence_parallel
-    hidden_shape = (num_positions // (config.tensor_model_parallel_size if is_split else 1), microbatches.width)
+    num_held = num_positions // config.context_parallel_size
+    hidden_shape = (num_held // (config.tensor_model_parallel_size if is_split else 1), microbatches.width)
+
+    holders, num_stages = context.holders(num_positions, microbatches.width), sharing.layout.pipeline
+    shares = [head.deal(rows, microbatches.sequences(rows), holders, num_stages, turn) for turn, rows in enumerate(microbatches)]
+    forward = _layers(microbatches, num_positions)
+    loop = StageLoop(model, microbatches, shares, head, sharing, forward, hidden_shape, loss_function)
+    loop.run()
+    return loop
+
+
+def _layers(microbatches: Microbatches, num_positions: int) -> Callable[[torch.nn.Module, Any], Tensor]:
+    """Runs a chunk's layers on rows of a microbatch: on those of their S = `num_positions` that this rank holds."""
+    own = context.own_positions(num_positions)
 
     def forward(model: torch.nn.Module, rows: Any) -> Tensor:
         inputs = model_input(microbatches.sequences(rows), num_positions)
-        return model(inputs.token_ids, inputs.position_ids, sequence_of=inputs.sequence_of, packed_seq_params=inputs.packed)
+        token_ids, position_ids, sequence_of = (tensor[:, own] for tensor in (inputs.token_ids, inputs.position_ids, inputs.sequence_of))
+        return model(token_ids, position_ids, sequence_of=sequence_of, packed_seq_params=inputs.packed)
 
-    loop = StageLoop(model, microbatches, head, sharing, forward, microbatches.sequences, hidden_shape, loss_function)
-    loop.run()
-    return loop
+    return forward
 
 
 def _run(chunks: Sequence[torch.nn.Module], microbatches: Microbatches, finish: Callable, is_forward_only: bool) -> list[Any]:
     config = get_model_config(chunks[0])
     assert is_forward_only or config.calculate_per_token_loss, "Megatron would average the losses again"
     num_positions = _num_positions(microbatches, config)
-    own = context.own_positions(num_positions)
+    forward = _layers(microbatches, num_positions)
 
     def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         rows = next(iterator)
-        inputs = model_input(microbatches.sequences(rows), num_positions)
-        hidden = model(
-            inputs.token_ids[:, own],
-            inputs.position_ids[:, own],
-            sequence_of=inputs.sequence_of[:, own],
-            packed_seq_params=inputs.packed,
-        )
-        return hidden, partial(finish, model, rows)
+        return forward(model, rows), partial(finish, model, rows)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -33,32 +33,31 @@ ROUNDING = 16  # the part of all positions that the head looks at, for planning:
 class StageLoop:
     """One pass of a replica's microbatches through one stage. Built and run by every rank of the replica.
 
-    Args: `forward(model, rows)` runs the stage's layers on its input; `hidden_shape` (S, W) of a rank's hidden states; `sequences(rows)` is
-    what the model reads of a microbatch; `loss_function` None: a pass without gradients.
+    Args: `shares` of every microbatch, one a stage; `forward(model, rows)` runs the stage's layers on its input; `hidden_shape` (S, W) of a
+    rank's hidden states; `loss_function` None: a pass without gradients.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         microbatches: Sequence[Any],
+        shares: list[list[Share]],
         head: DealingHead,
         sharing: Sharing,
         forward: Callable[[torch.nn.Module, Any], Tensor],
-        sequences: Callable[[Any], Any],
         hidden_shape: tuple[int, int],
         loss_function: Callable | None = None,
     ):
         layout = sharing.layout
-        self._model, self._microbatches, self._head, self._forward = model, microbatches, head, forward
+        self._model, self._microbatches, self._shares, self._head, self._forward = model, microbatches, shares, head, forward
         self._config, self._loss_function = get_model_config(model), loss_function
         self._stage, self._ranks, self._is_last = layout.pp_rank, layout.ranks_along("pp"), layout.is_last_stage
-        self._shares = [head.deal(rows, sequences(rows), layout.pipeline, turn) for turn, rows in enumerate(microbatches)]
         self._replica = sharing.replica(model, loss_function is not None)
         num_selected = sum(len(share.positions) for shares in self._shares for share in shares)
         num_positions = hidden_shape[0] * hidden_shape[1] * len(microbatches)
         selected = min(ROUNDING, -(-num_selected * ROUNDING // num_positions)) / ROUNDING
-        if layout.expert > 1:
-            selected = 1.0  # replicas meet in the layers' experts: all must do the same in the same order, whatever their rows
+        if layout.expert > 1 or layout.context > 1:
+            selected = 1.0  # pipelines meet in the layers' experts or attention: all must go in the same order, whatever their rows
         self._schedule = plan(sharing.costs(selected, loss_function is not None), len(microbatches))
         self._open_wires(layout, hidden_shape)
         self._held: dict[int, tuple[Tensor | None, Tensor]] = {}  # input and output of the microbatches in flight

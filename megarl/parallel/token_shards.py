@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from megarl.parallel.context import Holders
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.schedule import StageCosts
 from megarl.records import TokenBatch
@@ -33,6 +34,7 @@ class Share:
 
     `rows` is the microbatch in which everything dealt to others counts nothing (masks False, lengths 0); `positions` i64[n] are the hidden
     states to look at, in the flattened [S B]; `targets` i64[n] are the entries of the result they speak about; `shape` is the result's.
+    Under context parallelism every rank looks at those of a share's hidden states that it holds, and the results are summed.
     """
 
     rows: Any
@@ -58,12 +60,15 @@ class HeadReplica(Protocol):
 class DealingHead(Protocol):
     """A head whose work can be shared by stages."""
 
-    def deal(self, rows: Any, sequences: TokenBatch, num_shares: int, turn: int) -> list[Share]:
+    def deal(self, rows: Any, sequences: TokenBatch, holders: Holders, num_shares: int, turn: int) -> list[Share]:
         """The shares of one microbatch; together they are the whole. `turn` is the microbatch's number: whole rows go round by it."""
         ...
 
     def of_share(self, replica: HeadReplica, hidden: Tensor, share: Share) -> Any:
-        """What the head says about its share, as if about the whole microbatch, 0 elsewhere. `hidden` [n, H], the rows of the share."""
+        """What the head says about its share, as if about the whole microbatch, 0 elsewhere. `hidden` [n, H], the rows of the share.
+
+        Entered by every tensor- and context-parallel rank of a stage, which get equal results.
+        """
         ...
 
 
@@ -81,19 +86,25 @@ class Sharing(Protocol):
         ...
 
 
-def deal_tokens(mask: Tensor, num_shares: int) -> list[Tensor]:
-    """bool[B, T] as `num_shares` masks that partition it: contiguous runs in row order, of sizes that differ by at most one."""
-    chosen = mask.flatten()
-    order = chosen.cumsum(0) - 1
-    owner = (order * num_shares).div(chosen.sum().clamp(min=1), rounding_mode="floor").view_as(mask)
-    return [mask & (owner == share) for share in range(num_shares)]
+def owners_of_tokens(mask: Tensor, num_shares: int) -> Tensor:
+    """The share of each token that `mask` bool[B, T] selects, i64[B, T]: contiguous runs in row order, sizes differ by at most one."""
+    order = mask.flatten().cumsum(0) - 1
+    return (order * num_shares).div(mask.sum().clamp(min=1), rounding_mode="floor").view_as(mask)
 
 
-def deal_rows(sizes: Tensor, num_shares: int, turn: int) -> list[Tensor]:
-    """Whole rows of `sizes` i64[B] as `num_shares` masks bool[B] that partition them: contiguous, and as equal as whole rows allow.
+def owners_of_rows(sizes: Tensor, num_shares: int, turn: int) -> Tensor:
+    """The share of each row of `sizes` i64[B] tokens, i64[B]: contiguous runs, as equal as whole rows allow.
 
     Shares go round by `turn`, so that stages which get nothing of one microbatch get something of the next.
     """
     middle = 2 * sizes.cumsum(0) - sizes  # twice the middle of each row, to stay in whole numbers
     owner = (middle * num_shares).div((2 * sizes.sum()).clamp(min=1), rounding_mode="floor").clamp(max=num_shares - 1)
-    return [(owner + turn) % num_shares == share for share in range(num_shares)]
+    return (owner + turn) % num_shares
+
+
+def gathered_by_owner(owner: Tensor, num_shares: int) -> tuple[Tensor, ...]:
+    """For each share the entries of `owner` i64[n] that it owns, ascending; -1 owns nothing. Waits for the device once."""
+    owned = owner >= 0
+    sizes = (owner == torch.arange(num_shares, device=owner.device)[:, None]).sum(1).tolist()
+    order = torch.where(owned, owner, num_shares).argsort(stable=True)
+    return order[: sum(sizes)].split(sizes)

@@ -11,7 +11,7 @@ from megarl.data.packing import packed
 from megarl.errors import LayoutError
 from megarl.models.family import spec_from_hf_config
 from megarl.models.spec import check_layout
-from megarl.parallel.token_shards import deal_tokens
+from megarl.parallel.token_shards import gathered_by_owner, owners_of_tokens
 from tests.multi_rank.invariance.layouts import FAMILIES
 
 LESSON = {"output_dir": "x", "tokenizer": "x", "model": {"path": "x"}, "train": {"total_steps": 1, "batch_size": 8}}
@@ -73,5 +73,5 @@ def test_more_stages_than_tokens_are_dealt(num_tokens):
     """Every token has one owner; the other stages hold nothing. The layouts of the invariance suite compute such microbatches."""
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[1, 1 : 1 + num_tokens] = True
-    shares = deal_tokens(mask, 8)
-    assert len(shares) == 8 and torch.equal(torch.stack(shares).sum(0), mask.long())
+    shares = gathered_by_owner(torch.where(mask, owners_of_tokens(mask, 8), -1).flatten(), 8)
+    assert len(shares) == 8 and torch.equal(torch.cat(shares), mask.flatten().nonzero().squeeze(1))
