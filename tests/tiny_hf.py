@@ -25,6 +25,19 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+GEMMA3 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 5,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 # kind: (family, changes of the sizes). Three layers over two stages are an uneven pipeline.
 KINDS = {
     "llama": ("Llama", {}),
@@ -33,8 +46,10 @@ KINDS = {
     "qwen3-tied": ("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
     "llama-critic": ("Llama", {"num_labels": 1}),
     "qwen3-critic": ("Qwen3", {"head_dim": 24, "num_labels": 1, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "gemma3": ("Gemma3Text", GEMMA3),
+    "gemma3-critic": ("Gemma3Text", GEMMA3 | {"num_labels": 1}),
 }
-
 
 # mixtures of experts: kinds of their own, since they need layouts of their own
 MIXTURES = {

@@ -1,16 +1,20 @@
-"""Core attention through torch's `scaled_dot_product_attention`, for hosts without Transformer Engine.
+"""Core attention through torch's `scaled_dot_product_attention`, for layers without Transformer Engine.
 
 Causal attention over right-padded sequences needs no mask: a token never looks at the padding behind it, and what padding looks at
 is read by nobody.
 
 Under context parallelism every rank gathers the keys and values of whole sequences and attends from its own queries, which lie in two
 chunks (`parallel.context`); all ranks then do the same work.
+
+A local layer's queries look back at a window of keys. They are taken window by window, so that work and memory grow with the sequence, not
+with its square.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megarl.models.rotary import frequencies_of_layer
 from megarl.parallel import context, device
 from megarl.parallel.microbatches import PackedSequences
 
@@ -18,11 +22,29 @@ device.prepare()
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402  (the host is prepared first)
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.attention import SelfAttention  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.utils import is_layer_window_attention  # noqa: E402
+
+
+def window_of_layer(config: TransformerConfig, layer_number: int) -> int | None:
+    """How many tokens a token of this layer (counted from 1) sees, itself included; None: all before it."""
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return None
+    return config.window_size[0] + 1
+
+
+class LocalRotaryAttention(SelfAttention):
+    """Megatron's self-attention in a model whose local layers have rotary frequencies of their own: each layer takes those of its kind."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *, rotary_pos_emb: Tensor, **kwargs) -> tuple[Tensor, None]:
+        """hidden_states [S, B, H] and the angles of both kinds [S, 1, 1, 2 * head_dim] -> [S, B, H] and no bias."""
+        is_local = window_of_layer(self.config, self.layer_number) is not None
+        return super().forward(hidden_states, attention_mask, rotary_pos_emb=frequencies_of_layer(rotary_pos_emb, is_local), **kwargs)
 
 
 class CausalAttention(torch.nn.Module):
-    """Megatron's core-attention interface; causal self-attention with grouped queries and nothing else.
+    """Megatron's core-attention interface; causal self-attention with grouped queries and windows and nothing else.
 
     Axis letters: S positions of this rank, B sequences, N query heads and G key-value heads of this rank, D head size.
     Raises `NotImplementedError` for every feature of the interface that it does not compute.
@@ -46,13 +68,13 @@ class CausalAttention(torch.nn.Module):
             "cross-attention": attention_type != "self",
             "attention dropout": dropout != 0,
             "query-key layer scaling": config.apply_query_key_layer_scaling,
-            "a sliding window": config.window_size is not None,
             "a softmax offset": config.softmax_type != "vanilla",
         }.items():
             if is_asked:
                 raise NotImplementedError(f"CausalAttention does not compute {feature}")
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(D)
         self.context = config.context_parallel_size
+        self.window = window_of_layer(config, layer_number)
 
     def forward(
         self,
@@ -89,9 +111,23 @@ class CausalAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The queries are the last positions of the keys: query i of n looks at the keys up to i + (number of keys) - n."""
+        if self.window is None or len(key) <= self.window:
+            return self._attend_up_to(query, key, value)
+        parts, end = [], len(key) - len(query)
+        for queries in query.split(self.window):
+            end += len(queries)
+            start = max(0, end - len(queries) - self.window + 1)
+            parts.append(self._attend_up_to(queries, key[start:end], value[start:end]))
+        return torch.cat(parts)
+
+    def _attend_up_to(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         num_queries, num_keys = len(query), len(key)
-        is_square = num_queries == num_keys
-        sees = None if is_square else query.new_ones((num_queries, num_keys), dtype=torch.bool).tril(num_keys - num_queries)
+        before = num_keys - num_queries
+        is_bounded = self.window is not None and num_keys > self.window
+        is_square = before == 0 and not is_bounded
+        sees = None if is_square else query.new_ones((num_queries, num_keys), dtype=torch.bool).tril(before)
+        if is_bounded:
+            sees = sees.triu(before - self.window + 1)
         attended = F.scaled_dot_product_attention(
             *(heads.permute(1, 2, 0, 3) for heads in (query, key, value)),
             attn_mask=sees,

@@ -1,10 +1,12 @@
 """Role + family + layout -> this rank's Megatron model chunks.
 
-Layers are Transformer Engine's where it is installed and the model is bf16, Megatron's local ones with our RMSNorm and core attention
-elsewhere; both carry the same weight keys. Weights are zero until `pieces.load_pieces` fills them: padding of the vocabulary stays zero.
+Layers are Transformer Engine's where it is installed, the model is bf16 and nothing about it is unusual; elsewhere Megatron's local ones
+with our RMSNorm and core attention. Both carry the same weight keys. Weights are zero until `pieces.load_pieces` fills them: padding of
+the vocabulary stays zero.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.config import ParallelConfig
-from megarl.models.attention import CausalAttention
+from megarl.models.attention import CausalAttention, LocalRotaryAttention
 from megarl.models.heads import ScalarHead
 from megarl.models.mixture import BalancedRouter, MixtureLayer
-from megarl.models.norm import RMSNorm
+from megarl.models.norm import NormedRowParallelLinear, RMSNorm
 from megarl.models.rotary import rotary_frequencies
 from megarl.models.spec import ModelSpec, Role, check_layout, padded_vocab, stage_layers
 from megarl.parallel import device
@@ -41,6 +43,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 
 Precision = Literal["bf16", "fp32"]
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class DecoderChunk(GPTModel):
@@ -91,7 +94,7 @@ class DecoderChunk(GPTModel):
         elif sequence_of is not None and self.config.sequence_parallel and not self.pre_process:
             # Megatron splits what it calls the padding mask like the activations, but on the first stage alone
             sequence_of = scatter_to_sequence_parallel_region(sequence_of.t().contiguous()).t()
-        if packed_seq_params is not None and _uses_transformer_engine(self.config.bf16):
+        if packed_seq_params is not None and _uses_transformer_engine(self.spec, self.config.bf16):
             packed_seq_params = replace(packed_seq_params, qkv_format="thd")  # rotary embeddings and attention sequence by sequence
         return super().forward(
             input_ids, position_ids, attention_mask, padding_mask=sequence_of, packed_seq_params=packed_seq_params, **kwargs
@@ -101,6 +104,8 @@ class DecoderChunk(GPTModel):
         embedded, rotary, *others = super()._preprocess(position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
         if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
             rotary = rotary[position_ids[0]]  # sequences of a packed row start again at position 0
+        if embedded is not None and self.spec.embedding_scale != 1.0:
+            embedded = embedded * torch.tensor(self.spec.embedding_scale, dtype=embedded.dtype)  # rounded as transformers and vLLM do
         return embedded, rotary, *others
 
     def _postprocess(self, hidden_states: Tensor, **kwargs) -> Tensor:
@@ -160,14 +165,18 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         kv_channels=spec.head_dim,
         ffn_hidden_size=spec.ffn_size,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[spec.activation],
         normalization="RMSNorm",
         layernorm_epsilon=spec.norm_eps,
+        layernorm_zero_centered_gamma=spec.zero_centered_norms,
         qk_layernorm=spec.qk_norm,
         add_bias_linear=False,
         add_qkv_bias=spec.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        softmax_scale=spec.softmax_scale,
+        window_size=None if spec.window is None else (spec.window.num_tokens - 1, 0),
+        window_attn_skip_freq=None if spec.window is None else [int(is_local) for is_local in spec.window.layers],
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
@@ -181,10 +190,10 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         calculate_per_token_loss=True,  # losses arrive divided by global denominators and are summed, never averaged
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=device.has_gradient_accumulation_fusion(),
-        bias_activation_fusion=device.is_cuda(),
+        bias_activation_fusion=device.is_cuda() and spec.activation == "silu",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=_uses_transformer_engine(precision == "bf16"),
+        apply_rope_fusion=_uses_transformer_engine(spec, precision == "bf16"),
         persist_layer_norm=False,
         **_mixture_options(spec, parallel, precision == "bf16"),
         **_pipeline_options(spec, parallel),
@@ -192,9 +201,9 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
     )
 
 
-def _uses_transformer_engine(is_bf16: bool) -> bool:
+def _uses_transformer_engine(spec: ModelSpec, is_bf16: bool) -> bool:
     """Transformer Engine multiplies float32 in TF32, 10 bits of mantissa: a model in fp32 takes the local layers, exact everywhere."""
-    return is_bf16 and device.has_transformer_engine()
+    return is_bf16 and spec.fits_transformer_engine and device.has_transformer_engine()
 
 
 def _mixture_options(spec: ModelSpec, parallel: ParallelConfig, is_bf16: bool) -> dict:
@@ -209,8 +218,8 @@ def _mixture_options(spec: ModelSpec, parallel: ParallelConfig, is_bf16: bool) -
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # `BalancedRouter` has its own
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": _uses_transformer_engine(is_bf16),
-        "moe_permute_fusion": _uses_transformer_engine(is_bf16),
+        "moe_grouped_gemm": _uses_transformer_engine(spec, is_bf16),
+        "moe_permute_fusion": _uses_transformer_engine(spec, is_bf16),
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": EXPERT_TENSOR_PARALLEL_SIZE,
     }
@@ -243,17 +252,21 @@ def _recompute_options(parallel: ParallelConfig) -> dict:
 
 def _layer_specs(spec: ModelSpec, config: TransformerConfig, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
     num_experts = config.num_moe_experts
-    if _uses_transformer_engine(config.bf16):
+    if _uses_transformer_engine(spec, config.bf16):
         layer = get_gpt_layer_with_transformer_engine_spec(num_experts, config.moe_grouped_gemm, qk_layernorm=spec.qk_norm)
     else:
         layer = get_gpt_layer_local_spec(num_experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm")
     if num_experts is not None:
         layer.submodules.mlp.module, layer.submodules.mlp.submodules.router = MixtureLayer, BalancedRouter
-    if _uses_transformer_engine(config.bf16):
+    if _uses_transformer_engine(spec, config.bf16):
         return layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = CausalAttention
     if spec.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if spec.window is not None and spec.window.rope_theta is not None:
+        layer.submodules.self_attention.module = LocalRotaryAttention
+    if spec.output_norms:
+        attention.linear_proj = layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -56,7 +56,7 @@ class ExpertNames:
 
 
 def dense_decoder(spec: ModelSpec, role: Role) -> WeightTable:
-    """The table that Llama, Qwen2 and Qwen3 share; switches of the spec add query-key-value biases and query-key norms."""
+    """The table that dense families share; switches of the spec add query-key-value biases, query-key norms and norms of outputs."""
     mlp, hidden, ffn = LAYER + "mlp.", spec.hidden_size, spec.ffn_size
     shapes = {
         mlp + "gate_proj.weight": (ffn, hidden),
@@ -94,9 +94,10 @@ def _decoder(spec: ModelSpec, role: Role, ffn_shapes: Shapes, ffn_entries: Entri
     query_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = LAYER + "self_attn."
     q, k, v = (f"{attention}{name}_proj" for name in "qkv")
+    ffn_input_norm = "pre_feedforward_layernorm.weight" if spec.output_norms else "post_attention_layernorm.weight"
     layer_shapes = {
         LAYER + "input_layernorm.weight": (hidden,),
-        LAYER + "post_attention_layernorm.weight": (hidden,),
+        LAYER + ffn_input_norm: (hidden,),
         q + ".weight": (query_rows, hidden),
         k + ".weight": (kv_rows, hidden),
         v + ".weight": (kv_rows, hidden),
@@ -109,7 +110,7 @@ def _decoder(spec: ModelSpec, role: Role, ffn_shapes: Shapes, ffn_entries: Entri
         IN_LAYERS + "self_attention.linear_qkv.layer_norm_weight": whole(LAYER + "input_layernorm.weight", hidden),
         IN_LAYERS + "self_attention.linear_qkv.weight": grouped_qkv(spec, q + ".weight", k + ".weight", v + ".weight"),
         IN_LAYERS + "self_attention.linear_proj.weight": whole(attention + "o_proj.weight", hidden),
-        ffn_norm: whole(LAYER + "post_attention_layernorm.weight", hidden),
+        ffn_norm: whole(LAYER + ffn_input_norm, hidden),
     } | ffn_entries
     if spec.qkv_bias:
         layer_shapes |= {q + ".bias": (query_rows,), k + ".bias": (kv_rows,), v + ".bias": (kv_rows,)}
@@ -119,6 +120,11 @@ def _decoder(spec: ModelSpec, role: Role, ffn_shapes: Shapes, ffn_entries: Entri
             name = f"{attention}{head}_norm.weight"
             layer_shapes[name] = (spec.head_dim,)
             entries[f"{IN_LAYERS}self_attention.{head}_layernorm.weight"] = whole(name, spec.head_dim)
+    if spec.output_norms:
+        for projection, norm in (("self_attention.linear_proj", "post_attention"), ("mlp.linear_fc2", "post_feedforward")):
+            name = f"{LAYER}{norm}_layernorm.weight"
+            layer_shapes[name] = (hidden,)
+            entries[f"{IN_LAYERS}{projection}.output_norm.weight"] = whole(name, hidden)
     shapes = {EMBEDDING: (spec.vocab_size, hidden)}
     for layer in range(spec.num_layers):
         shapes |= {name.format(layer=layer): shape for name, shape in layer_shapes.items()}
@@ -130,4 +136,5 @@ def _decoder(spec: ModelSpec, role: Role, ffn_shapes: Shapes, ffn_entries: Entri
         shapes[VOCABULARY_HEAD] = (spec.vocab_size, hidden)
         entries["output_layer.weight"] = whole(VOCABULARY_HEAD, spec.vocab_size)
     # Transformer Engine fuses this norm into a dense layer's first projection, but leaves it alone before a mixture
-    return WeightTable(spec.num_layers, shapes, entries, {IN_LAYERS + "pre_mlp_layernorm.weight": ffn_norm})
+    aliases = {IN_LAYERS + "pre_mlp_layernorm.weight": ffn_norm}
+    return WeightTable(spec.num_layers, shapes, entries, aliases, new_norm=0.0 if spec.zero_centered_norms else 1.0)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import WeightMapError
+from megarl.models.gemma3 import GEMMA3
 from megarl.models.hf_config import Family, HfConfig
 from megarl.models.llama import LLAMA
+from megarl.models.mistral import MISTRAL
 from megarl.models.mixtral import MIXTRAL
 from megarl.models.qwen2 import QWEN2
 from megarl.models.qwen3 import QWEN3
@@ -32,7 +34,7 @@ __all__ = [
     "stage_layers",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, MIXTRAL, QWEN3_MOE)}
 
 
 def read_spec(directory: Path) -> ModelSpec:
@@ -65,7 +67,9 @@ def spec_from_hf_config(values: dict[str, Any], where: str = "hf_config") -> Mod
     unknown = [name for name in architectures if name not in family.architectures]
     if unknown:
         raise WeightMapError(f"{where}: architectures holds {unknown[0]!r}; the {kind} table serves {' and '.join(family.architectures)}")
-    return family.translate(config)
+    spec = family.translate(config)
+    config.refuse_other_layers(spec)
+    return spec
 
 
 def _with_end_tokens(values: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megarl.errors import WeightMapError
 from megarl.models.decoder_table import ExpertNames, dense_decoder, sparse_decoder
-from megarl.models.spec import Mixture, ModelSpec
+from megarl.models.spec import Mixture, ModelSpec, Window
 
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -55,7 +55,7 @@ class HfConfig:
             raise WeightMapError(f"{self.where}: {key} is {value!r}; megarl computes only {' or '.join(repr(item) for item in accepted)}")
 
     def refuse_what_no_family_computes(self) -> None:
-        """Refuse remote code, quantised weights, dropout, sliding windows, other activations, part-rotary heads."""
+        """Refuse remote code, quantised weights, dropout, Qwen's sliding windows, other activations, part-rotary heads."""
         if "auto_map" in self.values:
             raise WeightMapError(f"{self.where}: auto_map asks for code from the model's directory, which megarl never runs")
         if self.values.get("quantization_config"):
@@ -64,15 +64,32 @@ class HfConfig:
         self.refuse_unless("attention_dropout", 0)
         self.refuse_unless("use_sliding_window", False)
         self.refuse_unless("partial_rotary_factor", 1.0)
-        others = set(self.values.get("layer_types") or ()) - {"full_attention"}
-        if others:
-            raise WeightMapError(f"{self.where}: layer_types holds {sorted(others)}; megarl computes only full_attention")
+
+    def refuse_other_layers(self, spec: ModelSpec) -> None:
+        """Refuse the file when its `layer_types` are not those that the family made of it."""
+        found = self.values.get("layer_types") or ()
+        if found and len(found) != spec.num_layers:
+            raise WeightMapError(f"{self.where}: layer_types names {len(found)} layers; num_hidden_layers is {spec.num_layers}")
+        for layer, kind in enumerate(found):
+            is_local = spec.window is not None and spec.window.layers[layer]
+            expected = "sliding_attention" if is_local else "full_attention"
+            if kind != expected:
+                raise WeightMapError(f"{self.where}: layer_types holds {kind!r} for layer {layer}; megarl computes {expected} there")
+
+    def window(self, dense: ModelSpec, default: int | None = None) -> Window | None:
+        """`sliding_window` of all layers, where it is smaller than the model's positions; a missing key takes `default`."""
+        if self.values.get("sliding_window", default) is None:
+            return None
+        size = self.count("sliding_window", default)
+        return Window(size, (True,) * dense.num_layers) if size < dense.max_positions else None
 
     def rope(self, default_theta: float = 10000.0) -> tuple[float, dict[str, Any] | None]:
         """(theta, Llama 3 scaling or None), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
         parameters = self.values.get("rope_parameters")
         key = "rope_parameters" if parameters else "rope_scaling"
         parameters = parameters or self.values.get("rope_scaling") or {}
+        if isinstance(parameters, dict) and "full_attention" in parameters:  # of each kind of layer
+            key, parameters = f"{key}.full_attention", parameters["full_attention"] or {}
         if not isinstance(parameters, dict):
             raise WeightMapError(f"{self.where}: {key} is {parameters!r}; expected a mapping")
         theta = float(parameters.get("rope_theta") or self.number("rope_theta", default_theta))
@@ -100,9 +117,7 @@ class HfConfig:
         """The spec of a dense decoder from the keys that the families name alike and the given ones that they do not."""
         num_heads = self.count("num_attention_heads")
         if num_heads % num_kv_heads:
-            raise WeightMapError(
-                f"{self.where}: num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}"
-            )
+            raise WeightMapError(f"{self.where}: num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}")
         rope_theta, rope_scaling = self.rope(default_theta)
         return ModelSpec(
             family=family,
@@ -135,8 +150,10 @@ class HfConfig:
         mixture = Mixture(num_experts, chosen, norm_topk_prob)
         return replace(dense, ffn_size=ffn_size, mixture=mixture, make_table=partial(sparse_decoder, names=names))
 
-    def even_head_dim(self) -> int:
-        """hidden_size / num_attention_heads, refused when it is not whole."""
+    def head_dim(self) -> int:
+        """`head_dim`, else hidden_size / num_attention_heads, refused when it is not whole."""
+        if self.values.get("head_dim"):
+            return self.count("head_dim")
         hidden, heads = self.count("hidden_size"), self.count("num_attention_heads")
         if hidden % heads:
             raise WeightMapError(f"{self.where}: num_attention_heads {heads} does not divide hidden_size {hidden}; set head_dim")

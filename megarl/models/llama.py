@@ -8,7 +8,7 @@ def translate(config: HfConfig) -> ModelSpec:
     """config.json of a Llama -> `ModelSpec`."""
     config.refuse_unless("attention_bias", False)
     config.refuse_unless("mlp_bias", False)
-    head_dim = config.count("head_dim") if config.values.get("head_dim") else config.even_head_dim()
+    head_dim = config.head_dim()
     return config.dense_decoder("llama", head_dim, num_kv_heads=config.count("num_key_value_heads", config.count("num_attention_heads")))
 
 

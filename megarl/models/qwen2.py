@@ -6,7 +6,7 @@ from megarl.models.spec import ModelSpec
 
 def translate(config: HfConfig) -> ModelSpec:
     """config.json of a Qwen2 -> `ModelSpec`."""
-    head_dim = config.count("head_dim") if config.values.get("head_dim") else config.even_head_dim()
+    head_dim = config.head_dim()
     return config.dense_decoder("qwen2", head_dim, num_kv_heads=config.count("num_key_value_heads"), qkv_bias=True)
 
 

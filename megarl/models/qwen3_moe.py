@@ -12,7 +12,7 @@ def translate(config: HfConfig) -> ModelSpec:
     config.refuse_unless("attention_bias", False)
     config.refuse_unless("decoder_sparse_step", 1)
     config.refuse_unless("mlp_only_layers", [])
-    head_dim = config.count("head_dim") if config.values.get("head_dim") else config.even_head_dim()
+    head_dim = config.head_dim()
     dense = config.dense_decoder("qwen3_moe", head_dim, num_kv_heads=config.count("num_key_value_heads"), qk_norm=True)
     return config.mixture(dense, config.count("moe_intermediate_size"), config.flag("norm_topk_prob"), NAMES)
 

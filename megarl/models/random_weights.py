@@ -14,10 +14,14 @@ from megarl.models.spec import STANDARD_DEVIATION, WeightTable
 
 
 class RandomSource:
-    """A `TensorSource` of a new model, a function of (seed, tensor name): norms one, biases zero, else normal(0, `standard_deviation`)."""
+    """A `TensorSource` of a new model, a function of (seed, tensor name).
+
+    Norms leave the scale alone, biases are zero, everything else is normal(0, `standard_deviation`).
+    """
 
     def __init__(self, table: WeightTable, seed: int, standard_deviation: float = STANDARD_DEVIATION):
         self.shapes = table.hf_shapes
+        self.new_norm = table.new_norm
         self.seed = seed
         self.standard_deviation = standard_deviation
         self.last: tuple[str, Tensor] = ("", torch.empty(0))  # pieces of one tensor are read one after the other
@@ -38,7 +42,7 @@ class RandomSource:
 
     def _draw(self, name: str) -> Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(self.shapes[name])
+            return torch.full(self.shapes[name], self.new_norm)
         if name.endswith(".bias"):
             return torch.zeros(self.shapes[name])
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()

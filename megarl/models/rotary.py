@@ -1,4 +1,4 @@
-"""Rotary frequencies, with Llama 3's scaling."""
+"""Rotary frequencies: scaled as Llama 3's, or of two kinds for layers that look far and near."""
 
 import math
 
@@ -11,10 +11,25 @@ from megarl.models.spec import ModelSpec
 def rotary_frequencies(spec: ModelSpec) -> Tensor:
     """Radians a position of each pair of a head, f32[head_dim / 2] (Su et al. 2021), scaled as the Llama 3.1 release does.
 
-    Llama 3 keeps short waves, divides the frequency of long ones by `factor`, and blends in between.
+    Llama 3 keeps short waves, divides the frequency of long ones by `factor`, and blends in between. Where local layers have a base of
+    their own, f32[head_dim]: those of the other layers, then theirs; `frequencies_of_layer` takes them apart again.
     """
+    if spec.window is not None and spec.window.rope_theta is not None:
+        return torch.cat([_scaled(spec, _frequencies(spec, spec.rope_theta)), _frequencies(spec, spec.window.rope_theta)])
+    return _scaled(spec, _frequencies(spec, spec.rope_theta))
+
+
+def frequencies_of_layer(rotary: Tensor, is_local: bool) -> Tensor:
+    """Angles of both kinds of layers [S, 1, 1, 2 * head_dim], as Megatron repeats frequencies, -> of one kind [S, 1, 1, head_dim]."""
+    return rotary.unflatten(-1, (2, 2, -1))[..., int(is_local), :].flatten(-2)
+
+
+def _frequencies(spec: ModelSpec, theta: float) -> Tensor:
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
-    frequencies = 1.0 / (spec.rope_theta**exponents)
+    return 1.0 / (theta**exponents)
+
+
+def _scaled(spec: ModelSpec, frequencies: Tensor) -> Tensor:
     if spec.rope_scaling is None:
         return frequencies
     scaling = spec.rope_scaling

@@ -16,6 +16,7 @@ from megarl.errors import LayoutError, WeightMapError
 
 # An actor (and its reference) ends in vocabulary logits, a critic (and a reward model) in one number a token.
 Role = Literal["actor", "critic"]
+Activation = Literal["silu", "gelu_tanh"]
 STANDARD_DEVIATION = 0.02  # Hugging Face's default `initializer_range` for these families
 
 
@@ -40,13 +41,14 @@ class WeightTable:
 
     `hf_shapes` lists every Hugging Face tensor with its shape; `entries` maps a canonical Megatron key to its rows, with
     `{layer}` in the names of tensors that every layer has and `{expert}` in those that every expert of a layer has. `aliases` are
-    other names that Megatron's layers give the same tensor.
+    other names that Megatron's layers give the same tensor. `new_norm` is what the norms of a new model are filled with.
     """
 
     num_layers: int
     hf_shapes: dict[str, tuple[int, ...]]
     entries: dict[str, tuple[Rows, ...]]
     aliases: dict[str, str] = field(default_factory=dict)
+    new_norm: float = 1.0
 
     def segments(self, megatron_key: str, indices: Sequence[int] = ()) -> list[Rows]:
         """The rows of one Megatron tensor; `indices` are its positions on prepended axes: the global layer, then the global expert.
@@ -76,8 +78,17 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Some layers are local: a token looks back at a bounded number of tokens (Child et al. 2019)."""
+
+    num_tokens: int  # that a token sees, itself included
+    layers: tuple[bool, ...]  # whether each layer is local
+    rope_theta: float | None = None  # of the local layers; None: that of all layers
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A decoder: pre-norm attention with rotary positions and grouped queries, SwiGLU feed-forward or a mixture of such, RMSNorm."""
+    """A decoder: pre-norm attention with rotary positions and grouped queries, gated feed-forward or a mixture of such, RMSNorm."""
 
     family: str  # Hugging Face `model_type`
     num_layers: int
@@ -97,10 +108,21 @@ class ModelSpec:
     hf_config: dict[str, Any] = field(repr=False)  # config.json as read, with the end tokens of generation_config.json
     make_table: Callable[["ModelSpec", Role], WeightTable] = field(repr=False, compare=False)  # the family's
     mixture: Mixture | None = None  # None: every layer is dense
+    window: Window | None = None  # None: every token sees all tokens before it
+    activation: Activation = "silu"  # of the feed-forward part's gate
+    zero_centered_norms: bool = False  # norms multiply by 1 + weight
+    output_norms: bool = False  # what attention and feed-forward add to the hidden states is normed, too
+    embedding_scale: float = 1.0  # of the embedding as the first layer's input
+    softmax_scale: float | None = None  # of query-key products; None: 1 / sqrt(head_dim)
 
     def table(self, role: Role) -> WeightTable:
         """The mapping between Megatron's tensors and Hugging Face's for this model in this role."""
         return self.make_table(self, role)
+
+    @property
+    def fits_transformer_engine(self) -> bool:
+        """Whether Transformer Engine's layers compute this model; the others are computed by Megatron's local layers everywhere."""
+        return self.window is None and not self.output_norms
 
     @property
     def standard_deviation(self) -> float:
@@ -176,6 +198,6 @@ def quadratic_cost(spec: ModelSpec) -> float:
     """Work of attention on a sequence of L tokens over L^2, in units of all other work on one token.
 
     A weight takes 2 operations a token, a query-key pair 4 a channel of every head of every layer, and half of the pairs are causal
-    (Kaplan et al. 2020, section 2.1).
+    (Kaplan et al. 2020, section 2.1). Windows are left out: sequences that are longer than one cost less than this.
     """
     return spec.num_layers * spec.num_heads * spec.head_dim / spec.num_active_parameters("actor")

@@ -1,11 +1,13 @@
 """Configurations of every family: both styles of config.json, what is refused, and how models are cut."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from megarl.errors import LayoutError, WeightMapError
 from megarl.models.family import FAMILIES, Mixture, check_layout, padded_vocab, read_spec, spec_from_hf_config, stage_layers
+from megarl.models.spec import Window
 
 LLAMA_4 = {  # as transformers 4 wrote it
     "architectures": ["LlamaForCausalLM"],
@@ -40,6 +42,21 @@ QWEN2 = {key: value for key, value in LLAMA_4.items() if not key.startswith("rop
     "sliding_window": 32768,
 }
 QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32, "attention_bias": False}
+MISTRAL = LLAMA_5 | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+GEMMA3 = {
+    key: value for key, value in LLAMA_4.items() if key not in ("hidden_act", "rope_theta", "rope_scaling", "tie_word_embeddings")
+} | {
+    "architectures": ["Gemma3ForCausalLM"],  # as transformers 4 wrote it
+    "model_type": "gemma3_text",
+    "head_dim": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 64,
+    "sliding_window": 16,
+    "sliding_window_pattern": 3,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+}
 MIXTRAL = LLAMA_4 | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 MIXTRAL = {key: value for key, value in MIXTRAL.items() if not key.startswith("rope")}
 QWEN3_MOE = QWEN3 | {
@@ -70,13 +87,39 @@ def test_every_family_sets_its_switches():
     assert (mixtral.mixture, mixtral.ffn_size, mixtral.rope_theta) == (Mixture(8, 2, True), 96, 1000000.0)
     assert (qwen3_moe.mixture, qwen3_moe.ffn_size, qwen3_moe.qk_norm) == (Mixture(16, 4, False), 24, True)
     assert llama.mixture is qwen3.mixture is None
-    assert [spec.family for spec in (llama, qwen2, qwen3, mixtral, qwen3_moe)] == list(FAMILIES)
+    mistral, gemma3 = (spec_from_hf_config(values) for values in (MISTRAL | {"sliding_window": 32}, GEMMA3))
+    assert mistral.window == Window(32, (True, True, True)) and not mistral.fits_transformer_engine
+    assert gemma3.window == Window(16, (True, True, False), 10000.0) and gemma3.rope_theta == 1000000.0
+    assert (gemma3.tied, gemma3.embedding_scale, gemma3.softmax_scale, gemma3.output_norms) == (True, 8.0, 0.125, True)
+    assert [spec.family for spec in (llama, mistral, qwen2, qwen3, gemma3, mixtral, qwen3_moe)] == list(FAMILIES)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, None), (128, None), (4096, None), (127, 127), ("missing", None)])
+def test_a_window_counts_where_it_is_smaller_than_the_context(size, expected):
+    values = MISTRAL if size == "missing" else MISTRAL | {"sliding_window": size}
+    window = spec_from_hf_config(values).window
+    assert (window and window.num_tokens) == expected
+    long = spec_from_hf_config(values | {"max_position_embeddings": 32768}).window
+    assert (long and long.num_tokens) == (4096 if size == "missing" else size), "Mistral's window is 4096 where no key names it"
+    assert spec_from_hf_config(MIXTRAL | {"sliding_window": 32}).window == Window(32, (True,) * 3)
+
+
+def test_both_styles_of_gemma_3_mean_the_same():
+    new = {key: value for key, value in GEMMA3.items() if not key.startswith(("rope", "sliding_window_p"))} | {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    }
+    old, new = spec_from_hf_config(GEMMA3), spec_from_hf_config(new)
+    assert replace(old, hf_config={}) == replace(new, hf_config={})
+    assert spec_from_hf_config({**GEMMA3, "sliding_window_pattern": None}).window.layers == (True,) * 3, "every sixth is global"
 
 
 @pytest.mark.parametrize(
     ("values", "changes", "words"),
     [
-        ("mixtral", {"sliding_window": 64}, "sliding_window is 64"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; expected at most the 8 of num_local_experts"),
         ("mixtral", {"num_experts_per_tok": 1}, "nothing to learn"),
@@ -120,7 +163,7 @@ def test_a_missing_head_count_means_one_head_a_query():
     ("values", "words"),
     [
         (LLAMA_4 | {"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map"),
-        (LLAMA_4 | {"model_type": "mamba"}, "'mamba'; megarl has tables for llama, qwen2, qwen3"),
+        (LLAMA_4 | {"model_type": "mamba"}, "'mamba'; megarl has tables for llama, mistral, qwen2"),
         (LLAMA_4 | {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
         (LLAMA_4 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         (LLAMA_4 | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
@@ -136,7 +179,20 @@ def test_a_missing_head_count_means_one_head_a_query():
         (LLAMA_4 | {"num_key_value_heads": 3}, "does not divide num_attention_heads"),
         (LLAMA_4 | {"num_attention_heads": 5, "num_key_value_heads": 5}, "does not divide hidden_size"),
         (QWEN2 | {"use_sliding_window": True}, "use_sliding_window"),
-        (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        (
+            QWEN2 | {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+            "holds 'sliding_attention' for layer 2; megarl computes full",
+        ),
+        (QWEN2 | {"layer_types": ["full_attention"]}, "layer_types names 1 layers; num_hidden_layers is 3"),
+        (MISTRAL | {"sliding_window": "5"}, "sliding_window is '5'"),
+        (GEMMA3 | {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        (GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (GEMMA3 | {"layer_types": ["sliding_attention"]}, "layer_types names 1 layers"),
+        (GEMMA3 | {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention' for layer 0; megarl computes full_attention there"),
+        (GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "'linear'"),
+        (GEMMA3 | {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}}, "'yarn'"),
+        (GEMMA3 | {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "'gemma3'"),
         (QWEN3 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )
