@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from megarl.config import LessonData, PpoRun, RewardRun, Run, SftRun
 from megarl.config_file import RUNS, Fault
-from megarl.data.pack_size import TILE, token_budget
+from megarl.data.pack_size import tile_of, token_budget
 from megarl.errors import LayoutError
 from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
@@ -191,13 +191,11 @@ def _packing(run: Run) -> Iterator[Fault]:
         return
     _, words, keys = longest_sequence(run)
     if longest_row(run) > token_budget(run.parallel):
-        tile = TILE * run.parallel.tensor
+        tile = tile_of(run.parallel)
         need = -(-longest_row(run) // tile) * tile
         pair = ", and a pair is two of them" if isinstance(run, RewardRun) else ""
-        yield Fault((knob, *keys, "parallel.tensor"), f"{knob}: found {most}; expected 0 (no packing) or at least {need}: {words}{pair}")
-    if run.parallel.context > 1:
-        text = f"{knob}: found {most} with parallel.context {run.parallel.context}; expected 0: context ranks share no packed sequences"
-        yield Fault((knob, "parallel.context"), text)
+        text = f"{knob}: found {most}; expected 0 (no packing) or at least {need}: {words}{pair}"
+        yield Fault((knob, *keys, "parallel.tensor", "parallel.context"), text)
 
 
 def longest_sequence(run: Run) -> tuple[int, str, tuple[str, ...]]:

@@ -10,6 +10,8 @@ A local layer's queries look back at a window of keys. They are taken window by 
 with its square.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,20 +96,23 @@ class CausalAttention(torch.nn.Module):
             raise NotImplementedError("CausalAttention takes no mask or bias")
         if attn_mask_type not in (None, AttnMaskType.causal):
             raise NotImplementedError(f"CausalAttention does not compute {attn_mask_type}")
-        if packed_seq_params is not None:
-            if self.context > 1:
-                raise NotImplementedError("CausalAttention takes no packed sequences under context parallelism")
-            parts = (heads.split(packed_seq_params.segments) for heads in (query, key, value))
-            return torch.cat([self._attend(*part) for part in zip(*parts, strict=True)])
+        segments = (len(query) * self.context,) if packed_seq_params is None else packed_seq_params.segments
         if self.context == 1:
-            return self._attend(query, key, value)
+            return self._attend_segments(query, 0, key, value, segments)
         key, value = context.gathered_for_attention(torch.cat([key, value], dim=-1)).split([key.shape[-1], value.shape[-1]], dim=-1)
         rank, half = context.rank(), len(query) // 2
-        attended = []
-        for chunk, queries in ((rank, query[:half]), (2 * self.context - 1 - rank, query[half:])):
-            seen = (chunk + 1) * half
-            attended.append(self._attend(queries, key[:seen], value[:seen]))
-        return torch.cat(attended)
+        chunks = ((rank, query[:half]), (2 * self.context - 1 - rank, query[half:]))
+        return torch.cat([self._attend_segments(queries, chunk * half, key, value, segments) for chunk, queries in chunks])
+
+    def _attend_segments(self, query: Tensor, start: int, key: Tensor, value: Tensor, segments: Sequence[int]) -> Tensor:
+        """The queries are the positions from `start` on; each looks at the keys before it in its own segment of the whole."""
+        attended, first = [], 0
+        for length in segments:
+            begin, end = max(first, start), min(first + length, start + len(query))
+            if begin < end:
+                attended.append(self._attend(query[begin - start : end - start], key[first:end], value[first:end]))
+            first += length
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The queries are the last positions of the keys: query i of n looks at the keys up to i + (number of keys) - n."""

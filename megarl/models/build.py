@@ -94,16 +94,23 @@ class DecoderChunk(GPTModel):
         elif sequence_of is not None and self.config.sequence_parallel and not self.pre_process:
             # Megatron splits what it calls the padding mask like the activations, but on the first stage alone
             sequence_of = scatter_to_sequence_parallel_region(sequence_of.t().contiguous()).t()
-        if packed_seq_params is not None and _uses_transformer_engine(self.spec, self.config.bf16):
+        if (
+            packed_seq_params is not None
+            and _uses_transformer_engine(self.spec, self.config.bf16)
+            and self.config.context_parallel_size == 1
+        ):
             packed_seq_params = replace(packed_seq_params, qkv_format="thd")  # rotary embeddings and attention sequence by sequence
         return super().forward(
             input_ids, position_ids, attention_mask, padding_mask=sequence_of, packed_seq_params=packed_seq_params, **kwargs
         )
 
     def _preprocess(self, *, position_ids: Tensor, packed_seq_params: PackedSeqParams | None, **kwargs) -> tuple:
-        embedded, rotary, *others = super()._preprocess(position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
-        if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
-            rotary = rotary[position_ids[0]]  # sequences of a packed row start again at position 0
+        is_one_row = packed_seq_params is not None and packed_seq_params.qkv_format != "thd"
+        embedded, rotary, *others = super()._preprocess(
+            position_ids=position_ids, packed_seq_params=None if is_one_row else packed_seq_params, **kwargs
+        )
+        if is_one_row:  # sequences start again at position 0, wherever in the row this rank's part begins
+            rotary = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True)[position_ids[0]]
         if embedded is not None and self.spec.embedding_scale != 1.0:
             embedded = embedded * torch.tensor(self.spec.embedding_scale, dtype=embedded.dtype)  # rounded as transformers and vLLM do
         return embedded, rotary, *others
@@ -126,7 +133,8 @@ def build_model(spec: ModelSpec, role: Role, parallel: ParallelConfig, precision
     chunks = []
     for number in range(parallel.virtual_pipeline):
         num_layers = stage_layers(spec.num_layers, parallel.pipeline * parallel.virtual_pipeline)[number * layout.pipeline + layout.pp_rank]
-        chunk = DecoderChunk(spec, role, config, _layer_specs(spec, config, num_layers), layout, number).to(device.device())
+        layers = _layer_specs(spec, config, num_layers, is_packed=parallel.max_tokens_per_microbatch > 0)
+        chunk = DecoderChunk(spec, role, config, layers, layout, number).to(device.device())
         _mark_split_parameters(chunk)
         with torch.no_grad():
             for parameter in chunk.parameters():
@@ -250,7 +258,7 @@ def _recompute_options(parallel: ParallelConfig) -> dict:
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def _layer_specs(spec: ModelSpec, config: TransformerConfig, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_specs(spec: ModelSpec, config: TransformerConfig, num_layers: int, is_packed: bool) -> ModuleSpec | TransformerBlockSubmodules:
     num_experts = config.num_moe_experts
     if _uses_transformer_engine(spec, config.bf16):
         layer = get_gpt_layer_with_transformer_engine_spec(num_experts, config.moe_grouped_gemm, qk_layernorm=spec.qk_norm)
@@ -259,6 +267,8 @@ def _layer_specs(spec: ModelSpec, config: TransformerConfig, num_layers: int) ->
     if num_experts is not None:
         layer.submodules.mlp.module, layer.submodules.mlp.submodules.router = MixtureLayer, BalancedRouter
     if _uses_transformer_engine(spec, config.bf16):
+        if is_packed and config.context_parallel_size > 1:  # its own attention would cut each sequence of a pack apart
+            layer.submodules.self_attention.submodules.core_attention = CausalAttention
         return layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

@@ -59,15 +59,19 @@ class Learner(Replica):
         A gradient norm that is not finite skips the update on all ranks alike.
 
         Returns the metrics of this replica's rows on every rank of the replica, with `grad_norm` (of the update, before clipping),
-        `lr` and `skipped_updates` added: reduce them over data-parallel ranks.
+        `lr`, `skipped_updates` and, of a mixture that is balanced, `router_balance` added: reduce them over data-parallel ranks.
         """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        if self.config.router_balance > 0:
-            mixture.balance(self.chunks, self.config.router_balance / self._num_sequences(batch))
+        is_balanced, num_sequences = self.config.router_balance > 0, (batch.sequences().lengths > 0).sum()
+        if is_balanced:
+            everywhere = sum_over(num_sequences.to(device.device()), groups.group(self.layout, "dp"))
+            mixture.balance(self.chunks, self.config.router_balance / max(1, int(everywhere)))
         metrics = pipeline.forward_backward(self.chunks, self.microbatches(batch), head, loss_function, self.sharing)
+        if is_balanced:
+            metrics = metrics + mixture.balance_metrics(self.chunks, int(num_sequences), self.layout)
         lr = lr_at(self.config, self.num_steps, self.total_steps)
         grad_norm = self._update(lr)
         self.num_steps += 1
@@ -75,11 +79,6 @@ class Learner(Replica):
         for part in gather_json(metrics.to_json(), groups.group(self.layout, "pp")):
             total = total + Metrics.from_json(part)
         return total
-
-    def _num_sequences(self, batch: Any) -> int:
-        """Sequences of the whole minibatch, dummies left out."""
-        here = (batch.sequences().lengths > 0).sum().to(device.device())
-        return max(1, int(sum_over(here, groups.group(self.layout, "dp"))))
 
     def refresh_main_params(self) -> None:
         """Copies the model's weights into the optimizer's float32 copies, after the weights were written from outside."""

@@ -10,12 +10,17 @@ the same alone, among others, padded, packed, or spread over ranks. Padding coun
 adds this loss only on request, and RL trainers turn it off, since it pulls the policy away from what the reward asks for.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarl.parallel import device
+from megarl.metrics import Metric, Metrics
+from megarl.parallel import device, groups
+from megarl.parallel.collectives import sum_over
+from megarl.parallel.layout import ParallelLayout
 
 device.prepare()
 
@@ -29,11 +34,12 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 class BalancedRouter(TopKRouter):
     """Megatron's router, which also adds the gradient of the load-balancing loss while it learns.
 
-    `balance_weight` is the coefficient divided by the sequences of the minibatch: `balance` sets it before every step. `sequence_of`
-    i64[S, B] numbers the sequence of each position of a microbatch, -1 for padding.
+    `balance_weight` is the coefficient divided by the sequences of the minibatch: `balance` sets it before every step, and
+    `balance_metrics` reads the loss after it. `sequence_of` i64[S, B] numbers the sequence of each position, -1 for padding.
     """
 
     balance_weight: float = 0.0
+    balance_loss: Tensor | float = 0.0  # this rank's part of the losses of all sequences since `balance`
     sequence_of: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
@@ -47,6 +53,7 @@ class BalancedRouter(TopKRouter):
             assert self.sequence_of is not None, "nobody said which position belongs to which sequence"
             scores = logits.flatten(0, 1).softmax(-1, dtype=torch.float32)
             loss = sequence_balance(scores, chosen, self.sequence_of.flatten(), self.topk, self.tp_cp_group)
+            self.balance_loss = self.balance_loss + loss.detach()
             weights = MoEAuxLossAutoScaler.apply(weights, self.balance_weight * loss)  # adds the loss's gradient in backward
         return weights, chosen
 
@@ -102,12 +109,26 @@ def sequence_balance(
     return scores.shape[1] * (load / (experts_per_token * num_tokens) * mean_scores).sum()
 
 
-def balance(chunks: list[torch.nn.Module], weight: float) -> None:
-    """Give every router of these chunks the factor of a sequence's load-balancing loss."""
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, BalancedRouter):
-                module.balance_weight = weight
+def balance(chunks: Sequence[torch.nn.Module], weight: float) -> None:
+    """Give every router of these chunks the factor of a sequence's load-balancing loss, and start to add the losses up."""
+    for router in _routers(chunks):
+        router.balance_weight, router.balance_loss = weight, 0.0
+
+
+def balance_metrics(chunks: Sequence[torch.nn.Module], num_sequences: int, layout: ParallelLayout) -> Metrics:
+    """`router_balance`: the load-balancing loss since `balance`, mean over layers and sequences, of the layers of this stage.
+
+    `num_sequences` of this replica. Entered by every rank of the replica's stage, which get equal metrics; stages are added.
+    """
+    routers = list(_routers(chunks))
+    total = torch.as_tensor(sum(router.balance_loss for router in routers), dtype=torch.float32, device=device.device())
+    for axis in ("tp", "cp"):  # each rank has counted its own tokens
+        total = sum_over(total, groups.group(layout, axis))
+    return Metrics({"router_balance": Metric(total.item(), float(num_sequences * len(routers)))})
+
+
+def _routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:
+    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, BalancedRouter))
 
 
 def _reduce(tensor: Tensor, group: dist.ProcessGroup | None, operation: dist.ReduceOp) -> None:

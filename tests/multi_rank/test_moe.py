@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megarl.config import ParallelConfig
+from megarl.metrics import Metrics
 from megarl.ppo.losses import aggregate, entropy_loss, policy_loss
 from tests.multi_rank.role_cases import Case, assembled, hf_config, make_experience, make_run, run_cases
 from tests.multi_rank.test_models import compare
@@ -110,7 +111,7 @@ def test_an_update_is_the_same_under_every_layout(world_size, layouts, one_rank)
 
 
 def test_the_balance_loss_is_its_definition(one_rank):
-    """The gradient of policy loss + coefficient x mean over sequences, sum over layers, of E sum_i f_i P_i, from transformers."""
+    """Metric and gradient: policy loss + coefficient x mean over sequences, sum over layers, of E sum_i f_i P_i, from transformers."""
     import transformers
 
     case = Case(optimizer={"router_balance": 0.5}, model=QWEN3_MOE)
@@ -123,14 +124,17 @@ def test_the_balance_loss_is_its_definition(one_rank):
     mask = batch.response_mask
     losses = policy_loss(logprobs * mask, batch.old_logprobs, batch.advantages, mask, run.ppo)[0]
     loss = aggregate(losses + entropy_loss(entropy, mask, run.ppo.entropy_coef), mask, run.ppo.aggregation, mask.sum())
+    balance = torch.zeros(())
     for logits in outputs.router_logits:
         for row, length in zip(logits.view(len(batch), -1, 4), batch.lengths.tolist(), strict=True):
             probabilities = row[:length].softmax(-1)
             load = torch.zeros(4)
             for token in range(length):
                 load[probabilities[token].topk(2).indices] += 1 / (2 * length)
-            loss = loss + 0.5 / len(batch) * 4 * (load * probabilities.mean(0)).sum()
-    loss.backward()
+            balance = balance + 4 * (load * probabilities.mean(0)).sum() / len(batch)
+    (loss + 0.5 * balance).backward()
+    logged = one_rank[-1][0]["actor_metrics"]
+    assert Metrics.from_json(logged)["actor/router_balance"].value == pytest.approx(balance.item() / len(outputs.router_logits), rel=1e-5)
     gradients = as_on_disk({name: parameter.grad for name, parameter in model.named_parameters()}, "qwen3_moe")
     after = assembled(one_rank[-1], "actor_weights", case)
     for name, before in start.items():

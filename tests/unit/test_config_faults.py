@@ -260,13 +260,6 @@ CASES = [
         ("parallel.max_tokens_per_microbatch=120",),
         kind="reward",
     ),
-    Case(
-        "packs under context parallelism",
-        (
-            HERE + "parallel.max_tokens_per_microbatch: found 64 with parallel.context 2; expected 0: context ranks share no packed sequences",
-        ),
-        ("parallel={context: 2, max_tokens_per_microbatch: 64}", "rollout.tensor_parallel=1"),
-    ),
     Case("no reward", (HERE + "rewards: found an empty list; expected at least one part, such as {kind: exact}",), ("rewards=[]",)),
     Case(
         "reward without weight",

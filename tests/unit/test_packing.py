@@ -66,6 +66,6 @@ def test_no_rows_still_make_a_microbatch():
     assert [len(rows) for rows in packed([], [], 64, count_multiple=2)] == [0, 0]
 
 
-@pytest.mark.parametrize("tensor, budget", [(1, 104), (2, 96), (8, 64)])
-def test_the_budget_is_what_fits_after_padding(tensor, budget):
-    assert token_budget(ParallelConfig(tensor=tensor, max_tokens_per_microbatch=110)) == budget
+@pytest.mark.parametrize("tensor, context, budget", [(1, 1, 104), (2, 1, 96), (2, 2, 96), (1, 4, 96), (4, 2, 64)])
+def test_the_budget_is_what_fits_after_padding(tensor, context, budget):
+    assert token_budget(ParallelConfig(tensor=tensor, context=context, max_tokens_per_microbatch=110)) == budget

@@ -114,6 +114,7 @@ _DENSE_ON_TWO = [
     {"pipeline": 2, "microbatch_size": 1, "head": "sharded"} | SMALL_LOGITS,
     {"pipeline": 2, "max_tokens_per_microbatch": 32, "recompute": "full"},
     {"context": 2, "microbatch_size": 3},
+    {"context": 2, "max_tokens_per_microbatch": 32, "recompute": "selective"},
 ]
 _DENSE_ON_FOUR = [
     {"microbatch_size": 1},
@@ -123,10 +124,20 @@ _DENSE_ON_FOUR = [
     SP2 | {"pipeline": 2, "max_tokens_per_microbatch": 32, "head": "last_stage"},
     {"pipeline": 2, "microbatch_size": 2, "distributed_optimizer": False},
     SP2 | {"context": 2, "recompute": "full"},
-    {"pipeline": 2, "context": 2, "microbatch_size": 3},
+    {"pipeline": 2, "context": 2, "microbatch_size": 3, "head": "sharded"},
+    {"pipeline": 2, "context": 2, "max_tokens_per_microbatch": 32},
+    {"pipeline": 2, "context": 2, "microbatch_size": 2, "head": "last_stage"} | SMALL_LOGITS,
+    {"tensor": 2, "pipeline": 2, "microbatch_size": 2, "recompute": "full"},
+    SP2 | {"microbatch_size": 2, "distributed_optimizer": False},
+    {"context": 2, "microbatch_size": 2},
+    SP2 | {"context": 2, "max_tokens_per_microbatch": 64},
     {"context": 4},
 ]
 _DENSE_ON_EIGHT = [
+    {"microbatch_size": 1},
+    SP2 | {"context": 2, "microbatch_size": 2, "distributed_optimizer": False},
+    {"pipeline": 2, "context": 4, "head": "sharded"},
+    SP2 | {"pipeline": 2, "context": 2, "max_tokens_per_microbatch": 64},
     SP2 | {"pipeline": 2, "microbatch_size": 2, "recompute": "selective"},
     SP2 | {"pipeline": 2, "context": 2, "microbatch_size": 3},
     {"tensor": 4, "sequence": True, "pipeline": 2, "max_tokens_per_microbatch": 32},
@@ -134,6 +145,7 @@ _DENSE_ON_EIGHT = [
 _DEEP_ON_FOUR = [
     {"pipeline": 4, "microbatch_size": 1, "head": "sharded"},  # one microbatch has fewer tokens to learn than there are stages
     {"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 2},
+    {"pipeline": 2, "virtual_pipeline": 2, "max_tokens_per_microbatch": 32, "distributed_optimizer": False},
     SP2 | {"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 1},
     {"pipeline": 2, "virtual_pipeline": 2, "context": 2, "microbatch_size": 3},
 ]
@@ -141,28 +153,49 @@ _DEEP_ON_EIGHT = [
     {"pipeline": 8, "microbatch_size": 1, "head": "sharded"},
     {"pipeline": 4, "virtual_pipeline": 2, "microbatch_size": 1},
     SP2 | {"pipeline": 4, "microbatch_size": 2},
+    {"pipeline": 4, "context": 2, "microbatch_size": 2, "head": "sharded"},
+    SP2 | {"pipeline": 2, "virtual_pipeline": 2, "context": 2, "microbatch_size": 3},
 ]
-_MIXTURE_ON_TWO = [{}, {"expert": 2}, SP2, SP2 | {"expert": 2, "microbatch_size": 3}, {"pipeline": 2, "microbatch_size": 2}]
+_MIXTURE_ON_TWO = [
+    {},
+    {"expert": 2},
+    {"expert": 2, "max_tokens_per_microbatch": 24},
+    SP2,
+    SP2 | {"expert": 2, "microbatch_size": 3},
+    {"pipeline": 2, "microbatch_size": 2},
+    {"context": 2, "expert": 2, "microbatch_size": 3},
+]
 _MIXTURE_ON_FOUR = [
+    {"context": 2, "expert": 4, "microbatch_size": 2},
+    {"pipeline": 2, "context": 2, "expert": 2, "max_tokens_per_microbatch": 32},
     {"expert": 2, "microbatch_size": 2},
     {"expert": 4},
     SP2 | {"expert": 4, "recompute": "full"},
     {"pipeline": 2, "expert": 2, "microbatch_size": 2},
     SP2 | {"pipeline": 2, "expert": 2, "microbatch_size": 3},
 ]
-_MIXTURE_ON_EIGHT = [SP2 | {"pipeline": 2, "expert": 4, "microbatch_size": 2}, {"expert": 4, "distributed_optimizer": False}]
+_MIXTURE_ON_EIGHT = [
+    SP2 | {"pipeline": 2, "expert": 4, "microbatch_size": 2},
+    SP2 | {"pipeline": 2, "context": 2, "expert": 4, "recompute": "selective"},
+    {"expert": 4, "distributed_optimizer": False},
+]
+_DEEP_MIXTURE_ON_FOUR = [{"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "microbatch_size": 2}]
 
+DENSE = ("llama", "qwen2", "qwen3 tied")
 NIGHTLY = [
-    *(row for family in ("llama", "qwen2", "qwen3 tied") for row in rows(family, 1, *_DENSE_ON_ONE)),
-    *(row for family in ("llama", "qwen2", "qwen3 tied") for row in rows(family, 2, *_DENSE_ON_TWO)),
-    *(row for family in ("llama", "qwen2", "qwen3 tied") for row in rows(family, 4, *_DENSE_ON_FOUR)),
-    *(row for family in ("llama", "qwen3 tied") for row in rows(family, 4, *_DEEP_ON_FOUR, layers=5)),
-    *(row for family in ("llama", "qwen3 tied") for row in rows(family, 8, *_DENSE_ON_EIGHT)),
-    *(row for family in ("llama", "qwen3 tied") for row in rows(family, 8, *_DEEP_ON_EIGHT, layers=8)),
+    *(row for family in DENSE for row in rows(family, 1, *_DENSE_ON_ONE)),
+    *(row for family in DENSE for row in rows(family, 2, *_DENSE_ON_TWO)),
+    *(row for family in DENSE for row in rows(family, 4, *_DENSE_ON_FOUR)),
+    *(row for family in DENSE for row in rows(family, 4, *_DEEP_ON_FOUR, layers=5)),
+    *(row for family in DENSE for row in rows(family, 8, *_DENSE_ON_EIGHT)),
+    *(row for family in DENSE for row in rows(family, 8, *_DEEP_ON_EIGHT, layers=8)),
     *rows("llama", 2, {"pipeline": 2, "microbatch_size": 3}, {"microbatch_size": 3}, {"tensor": 2}, ppo=SEQUENCE_MEAN),
     *rows("llama", 2, {"pipeline": 2, "microbatch_size": 3}, {"microbatch_size": 3}, ppo={"aggregation": "sequence_sum_fixed"}),
+    *rows("llama", 4, {"pipeline": 2, "context": 2, "microbatch_size": 3}, ppo=SEQUENCE_MEAN),
     *(row for family in MIXTURES for row in rows(family, 1, {"microbatch_size": 3}, {"recompute": "full", "microbatch_size": 1})),
     *(row for family in MIXTURES for row in rows(family, 2, *_MIXTURE_ON_TWO)),
     *(row for family in MIXTURES for row in rows(family, 4, *_MIXTURE_ON_FOUR)),
+    *(row for family in MIXTURES for row in rows(family, 4, *_DEEP_MIXTURE_ON_FOUR, layers=5)),
     *(row for family in MIXTURES for row in rows(family, 8, *_MIXTURE_ON_EIGHT)),
+    *rows("qwen3-moe", 8, SP2 | {"expert": 8, "microbatch_size": 2}),
 ]
