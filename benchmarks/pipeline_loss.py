@@ -32,16 +32,16 @@ KEYS = ("step_s", "busy_share", "logits_bytes")
 HEADS_COMPARED = ("last_stage", "sharded")
 
 
-def model_spec(vocab_size: int) -> ModelSpec:
+def model_spec(vocab_size: int, layers: int = LAYERS, width: int = WIDTH) -> ModelSpec:
     """A small Llama."""
     return spec_from_hf_config(
         {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": vocab_size,
-            "hidden_size": WIDTH,
+            "hidden_size": width,
             "intermediate_size": FFN,
-            "num_hidden_layers": LAYERS,
+            "num_hidden_layers": layers,
             "num_attention_heads": HEADS,
             "num_key_value_heads": HEADS,
             "max_position_embeddings": PROMPT + RESPONSE,

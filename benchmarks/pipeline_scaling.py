@@ -2,8 +2,11 @@
 
 The costs of F, H and B are measured once (computing time of every operation, waiting left out, at the largest number of microbatches of
 each number of stages); the simulator then predicts every other pass. A pass is measured from the first operation of any stage to the
-last. More stages than cores would share them, so stages stop at the number of cores; one stage runs Megatron's loop and is predicted as
-the sum of all operations of two stages.
+last. One stage runs Megatron's loop and is predicted as the sum of all operations of two stages.
+
+Stages that compute stop at the number of cores: more would share them. Beyond that stages are *asleep*: a tiny model runs through the same
+processes, loop and messages, and every operation sleeps between its receive and its send for as long as PAUSES says, as a stage does
+whose accelerator computes.
 """
 
 import os
@@ -17,13 +20,16 @@ import torch
 from benchmarks.pipeline_loss import MICROBATCH, experience, make_run, model_spec
 from benchmarks.table import main
 from megarl.models.random_weights import RandomSource
-from megarl.parallel import groups, pipeline
+from megarl.models.token_stats import PolicyHead
+from megarl.parallel import groups, pipeline, stage_loop
 from megarl.parallel.schedule import Operation, Schedule, StageCosts, simulate
 from megarl.parallel.stage_loop import StageLoop
 from megarl.ppo.roles import Actor
 from tests.ranks import run_ranks
 
 VOCABULARY = 8192
+PAUSES = {"F": 0.08, "H": 0.04, "B": 0.16}  # seconds; with them eight stages need half of one core
+ASLEEP = {"vocab_size": 512, "width": 32}  # and a layer a stage
 KINDS = {"F": "_forward_step", "H": "_head_step", "B": "_backward_step"}
 
 
@@ -44,13 +50,31 @@ class Clock:
         return timed
 
 
-def passes(rank: int, world_size: int, counts: tuple[int, ...], repeats: int) -> dict[str, list]:
+def _fall_asleep() -> None:
+    """From now on every operation of this rank sleeps between its receive and its send."""
+
+    def slower(kind: str, work: Any) -> Any:
+        def paused(*arguments: Any, **options: Any) -> Any:
+            time.sleep(PAUSES[kind])
+            return work(*arguments, **options)
+
+        return paused
+
+    stage_loop.forward_step = slower("F", stage_loop.forward_step)
+    stage_loop.backward_step = slower("B", stage_loop.backward_step)
+    PolicyHead.of_share = slower("H", PolicyHead.of_share)
+
+
+def passes(rank: int, world_size: int, counts: tuple[int, ...], repeats: int, is_asleep: bool) -> dict[str, list]:
     """For each number of microbatches: begin and end of every repeat, and the median cost of each kind of operation."""
     run = make_run({"pipeline": world_size, "distributed_optimizer": False}, max(counts) * MICROBATCH)
     layout = groups.initialize(run.parallel, seed=0)
-    spec = model_spec(VOCABULARY)
+    if is_asleep:
+        _fall_asleep()
+    spec = model_spec(layers=world_size, **ASLEEP) if is_asleep else model_spec(VOCABULARY)
     actor = Actor(spec, run, layout, RandomSource(spec.table("actor"), 0))
-    batch, clock = experience(VOCABULARY, max(counts) * MICROBATCH), Clock()
+    batch, clock = experience(spec.vocab_size, max(counts) * MICROBATCH), Clock()
+    slept = [PAUSES[kind] if is_asleep else 0.0 for kind in "FHB"]
     whole = _whole_passes() if world_size == 1 else None
     result: dict[str, list] = {"spans": [], "costs": [], "orders": []}
     for count in counts:
@@ -62,7 +86,7 @@ def passes(rank: int, world_size: int, counts: tuple[int, ...], repeats: int) ->
             seen = list(whole if whole is not None else clock.spans)
             if repeat:
                 spans.append((min(s[1] for s in seen), max(s[2] for s in seen)))
-                costs.append([median([s[3] for s in seen if s[0] == kind] or [0.0]) for kind in "FHB"])
+                costs.append([median([s[3] for s in seen if s[0] == kind] or [0.0]) + pause for kind, pause in zip("FHB", slept)])
             if whole is not None:
                 whole.clear()
         result["orders"].append([kind for kind, *_ in seen])
@@ -99,29 +123,41 @@ def _whole_passes() -> list:
 
 
 def measure(quick: bool) -> Mapping[str, Any]:
-    counts = (2, 8) if quick else (1, 2, 4, 8, 16)
-    repeats = 3 if quick else 7
+    counts, repeats = ((2, 8), 3) if quick else ((1, 2, 4, 8, 16), 7)
     rows, total = [], 0.0
     for stages in sorted(range(1, min(4, os.cpu_count() or 1) + 1), reverse=True):
-        ranks = run_ranks(passes, stages, counts, repeats, timeout_s=900)
-        costs = StageCosts(*(tuple(rank["costs"][-1][i] for rank in ranks) for i in range(3)))
-        total = sum(map(sum, (costs.forward, costs.head, costs.backward))) if stages > 1 else total
-        for number, count in enumerate(counts):
-            spans = zip(*(rank["spans"][number] for rank in ranks), strict=True)
-            measured = median(max(end for _, end in span) - min(start for start, _ in span) for span in spans)
-            order = executed([rank["orders"][number] for rank in ranks], count)
-            predicted = simulate(order, costs).makespan if stages > 1 else count * total
-            rows.append(
-                {
-                    "stages": stages,
-                    "microbatches": count,
-                    "measured_s": measured,
-                    "predicted_s": predicted,
-                    "measured_over_predicted": measured / predicted,
-                }
-            )
+        ranks = run_ranks(passes, stages, counts, repeats, False, timeout_s=900)
+        total = sum(map(sum, _costs(ranks))) if stages > 1 else total
+        rows += _rows(ranks, counts, "computing", total)
+    for stages in (4,) if quick else (2, 4, 8):
+        rows += _rows(run_ranks(passes, stages, counts[1:], 3, True, timeout_s=900), counts[1:], "asleep", 0.0)
     worst = max(rows, key=lambda r: abs(r["measured_over_predicted"] - 1))
     return {"passes": rows, "largest_deviation": abs(worst["measured_over_predicted"] - 1)}
+
+
+def _costs(ranks: list[dict]) -> tuple[tuple[float, ...], ...]:
+    """Forward, head and backward of every stage, at the largest number of microbatches."""
+    return tuple(tuple(rank["costs"][-1][i] for rank in ranks) for i in range(3))
+
+
+def _rows(ranks: list[dict], counts: tuple[int, ...], stages: str, total: float) -> list[dict[str, Any]]:
+    """Measured and predicted; `total` is the prediction of a microbatch on one stage."""
+    rows = []
+    for number, count in enumerate(counts):
+        spans = zip(*(rank["spans"][number] for rank in ranks), strict=True)
+        measured = median(max(end for _, end in span) - min(start for start, _ in span) for span in spans)
+        order = executed([rank["orders"][number] for rank in ranks], count)
+        predicted = simulate(order, StageCosts(*_costs(ranks))).makespan if len(ranks) > 1 else count * total
+        rows.append(
+            {
+                "stages": f"{len(ranks)} {stages}",
+                "microbatches": count,
+                "measured_s": measured,
+                "predicted_s": predicted,
+                "measured_over_predicted": measured / predicted,
+            }
+        )
+    return rows
 
 
 if __name__ == "__main__":
