@@ -46,6 +46,7 @@ ON_TWO = [
     Case(packing(32, tensor=2)),
     Case(packing(32, tensor=2, sequence=True, recompute="selective")),
     Case(packing(24, pipeline=2)),
+    Case(packing(32, context=2, recompute="selective")),
     Case(packing(16, pipeline=2), model=QWEN3.model | TIED),
     Case(packing(24, pipeline=2, virtual_pipeline=2), model={"num_hidden_layers": 5}),
 ]

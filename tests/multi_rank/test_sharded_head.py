@@ -1,6 +1,7 @@
 """The head shared by all pipeline stages: the same answers, gradients and metrics as one rank, and never more logits than allowed."""
 
 from functools import partial
+from math import prod
 
 import pytest
 import torch
@@ -44,6 +45,8 @@ ON_FOUR = [
     Case(SHARED | {"tensor": 2, "sequence": True, "microbatch_size": 3}),
     Case(SHARED | {"tensor": 2, "microbatch_size": 2}, model=TIED.model),
     Case(SHARED | {"microbatch_size": 2, "distributed_optimizer": False}, ppo=SEQUENCE_MEAN),
+    Case(SHARED | {"context": 2, "microbatch_size": 3}, ppo=SEQUENCE_MEAN),
+    Case(SHARED | {"context": 2, "max_tokens_per_microbatch": 32}, model=TIED.model),
     Case(SHARED | {"pipeline": 4, "microbatch_size": 1}, model={"num_hidden_layers": 4}),
     Case(SHARED | {"pipeline": 4, "microbatch_size": 3}, model={"num_hidden_layers": 5, "tie_word_embeddings": True}),
 ]
@@ -98,7 +101,7 @@ def run_shared(rank: int, world_size: int, cases: list[Case]) -> list[dict]:
         largest[0] = 0
         found = run_case(case)
         found["largest_logits"] = largest[0]
-        has_all_ranks = case.parallel.get("tensor", 1) * case.parallel.get("pipeline", 1) == world_size
+        has_all_ranks = prod(case.parallel.get(axis, 1) for axis in ("tensor", "pipeline", "context")) == world_size
         results.append(found | ({"lessons": lessons(case)} if has_all_ranks else {}))
     return results
 
