@@ -20,6 +20,15 @@ FAMILIES = {
     "llama": BASE | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     "qwen2": BASE | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "qwen3 tied": BASE | QWEN3 | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    "mistral": BASE | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
+    "gemma3": BASE
+    | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_act": None, "head_dim": 16, "tie_word_embeddings": True}
+    | {
+        "sliding_window": 5,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 100.0,
+        "query_pre_attn_scalar": 12,
+    },  # every other is local
     "mixtral": BASE | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3-moe": BASE
     | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "tie_word_embeddings": True}
@@ -27,6 +36,7 @@ FAMILIES = {
     | {"mlp_only_layers": []},
 }
 MIXTURES = ("mixtral", "qwen3-moe")
+LOCAL = ("mistral", "gemma3")
 SHORT = {
     "tensor": "tp",
     "pipeline": "pp",
@@ -85,6 +95,8 @@ CI = [
     *rows("llama", 1, {"microbatch_size": 3} | SMALL_LOGITS, {"max_tokens_per_microbatch": 32, "recompute": "full"}),
     *rows("llama", 2, {"tensor": 2}, {"pipeline": 2, "microbatch_size": 3, "head": "last_stage"}, {"distributed_optimizer": False}),
     *rows("qwen3 tied", 2, {"pipeline": 2, "microbatch_size": 1, "head": "sharded"}, {"context": 2, "recompute": "selective"}),
+    *rows("gemma3", 1, {"max_tokens_per_microbatch": 32}),
+    *rows("gemma3", 2, {"context": 2, "microbatch_size": 3}),
     *rows("mixtral", 2, {"expert": 2, "microbatch_size": 2}),
 ]
 # Combinations on four ranks, which with the above make the short list.
@@ -142,6 +154,15 @@ _DEEP_ON_EIGHT = [
     {"pipeline": 4, "virtual_pipeline": 2, "microbatch_size": 1},
     SP2 | {"pipeline": 4, "microbatch_size": 2},
 ]
+# Local layers: windows that end in another pack, chunk or rank.
+_LOCAL_ON_ONE = [{"max_tokens_per_microbatch": 32}, {"microbatch_size": 3, "recompute": "full"}]
+_LOCAL_ON_TWO = [
+    SP2 | {"max_tokens_per_microbatch": 32, "recompute": "selective"},
+    {"pipeline": 2, "microbatch_size": 1, "head": "sharded"} | SMALL_LOGITS,
+    {"context": 2, "microbatch_size": 3},
+    {"microbatch_size": 3},
+]
+_LOCAL_ON_FOUR = [SP2 | {"pipeline": 2, "microbatch_size": 3, "head": "sharded"}, SP2 | {"context": 2, "recompute": "full"}, {"context": 4}]
 _MIXTURE_ON_TWO = [{}, {"expert": 2}, SP2, SP2 | {"expert": 2, "microbatch_size": 3}, {"pipeline": 2, "microbatch_size": 2}]
 _MIXTURE_ON_FOUR = [
     {"expert": 2, "microbatch_size": 2},
@@ -161,6 +182,10 @@ NIGHTLY = [
     *(row for family in ("llama", "qwen3 tied") for row in rows(family, 8, *_DEEP_ON_EIGHT, layers=8)),
     *rows("llama", 2, {"pipeline": 2, "microbatch_size": 3}, {"microbatch_size": 3}, {"tensor": 2}, ppo=SEQUENCE_MEAN),
     *rows("llama", 2, {"pipeline": 2, "microbatch_size": 3}, {"microbatch_size": 3}, ppo={"aggregation": "sequence_sum_fixed"}),
+    *(row for family in LOCAL for row in rows(family, 1, *_LOCAL_ON_ONE)),
+    *(row for family in LOCAL for row in rows(family, 2, *_LOCAL_ON_TWO)),
+    *(row for family in LOCAL for row in rows(family, 4, *_LOCAL_ON_FOUR)),
+    *rows("gemma3", 4, {"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 2}, layers=5),
     *(row for family in MIXTURES for row in rows(family, 1, {"microbatch_size": 3}, {"recompute": "full", "microbatch_size": 1})),
     *(row for family in MIXTURES for row in rows(family, 2, *_MIXTURE_ON_TWO)),
     *(row for family in MIXTURES for row in rows(family, 4, *_MIXTURE_ON_FOUR)),
