@@ -71,7 +71,7 @@ def check_pair(pair: Pair, folders: list[Path]) -> dict:
             folder = owner.save(folder, folder.with_name(f"{folder.name}-learned-{dist.get_world_size()}"))
         pushed = sync.push(owner, version)
         completions = engine.generate(greedy)
-        if layout.rank == layout.rank_at(dp=layout.dp_rank):  # others hold the same
+        if completions and layout.rank == layout.rank_at(dp=layout.dp_rank):  # others hold the same
             report["greedy"].append(greedy_difference(folder, completions, greedy))
     first = prompts[0].prompt_id if prompts else 0  # numbered by their place in the step
     requests = make_requests(prompts, rollout, stop_token_ids=(3,), seed=(0, 1), first_position=first)
