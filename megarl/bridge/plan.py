@@ -5,20 +5,21 @@ Megatron's sharded state, the sampler's boxes from a trace of its own loader; in
 every combination of parallel layouts. `docs/design.md` draws the picture.
 """
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from megarl.bridge.boxes import Box, box_text, intersect, num_elements, split, within
 from megarl.errors import WeightMapError
 
-Box = tuple[tuple[int, int], ...]
+__all__ = ["Box", "Op", "SourceMeta", "TargetBox", "WeightPlan", "box_text", "intersect", "make_plan", "num_elements", "within"]
+
 SourceMeta = Sequence[Sequence[tuple[str, Box]]]  # [rank][piece]: (Hugging Face name, box)
 
 
-@dataclass(frozen=True)
-class TargetBox:
+class TargetBox(NamedTuple):
     """One box of a Hugging Face tensor and where it lies in a parameter of one generator rank. Both boxes have equal sizes."""
 
     hf_name: str
@@ -27,8 +28,7 @@ class TargetBox:
     parameter_box: Box
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """Copy `box` of a Hugging Face tensor from a source piece of one rank into a target box of another (or the same)."""
 
     hf_name: str
@@ -49,33 +49,19 @@ class Op:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Ops in the order in which every rank runs them, cut in buckets that bound the extra memory of each rank."""
+    """Ops in rounds. A rank sends at most the plan's B bytes in a round, and receives at most as many.
 
-    buckets: tuple[tuple[Op, ...], ...]
+    Ranks are those of one numbering that trainers and samplers share; a rank may hold pieces, targets, both or neither. A plan made
+    for one `rank` has only the ops that start or end there; then `rounds` has the same length on every rank, and the ops between two
+    ranks have the same order in a round on both. `rank` is None in a plan of everybody's ops.
+    """
+
+    rounds: tuple[tuple[Op, ...], ...]
+    rank: int | None = None
 
     @property
     def ops(self) -> tuple[Op, ...]:
-        return tuple(op for bucket in self.buckets for op in bucket)
-
-
-def num_elements(box: Box) -> int:
-    return math.prod(size for _, size in box)
-
-
-def intersect(first: Box, second: Box) -> Box | None:
-    """The box both have in common, or None."""
-    common = []
-    for (a, n), (b, m) in zip(first, second, strict=True):
-        low, high = max(a, b), min(a + n, b + m)
-        if low >= high:
-            return None
-        common.append((low, high - low))
-    return tuple(common)
-
-
-def within(box: Box, outer: Box) -> tuple[slice, ...]:
-    """The slices that cut `box` out of a tensor that holds `outer`."""
-    return tuple(slice(offset - start, offset - start + size) for (offset, size), (start, _) in zip(box, outer, strict=True))
+        return tuple(op for ops in self.rounds for op in ops)
 
 
 def make_plan(
@@ -103,9 +89,9 @@ def make_plan(
         for index, wanted in enumerate(boxes):
             for box, common in _cover(wanted, holders.get(wanted.hf_name, {}), rank):
                 op = _assign(wanted.hf_name, common, holders[wanted.hf_name][box], rank, index, sent, node_of)
-                ops += _split(op, max(1, bucket_bytes // element_bytes))
+                ops += [op] if op.is_local else [op._replace(box=part) for part in split(op.box, max(1, bucket_bytes // element_bytes))]
     ops.sort(key=lambda op: (_layer_order(op.hf_name), op.hf_name, op.source_rank, op.target_rank, op.target_index, op.box))
-    return WeightPlan(tuple(_buckets(ops, bucket_bytes // element_bytes)))
+    return WeightPlan(tuple(_rounds(ops, bucket_bytes // element_bytes)))
 
 
 def _cover(wanted: TargetBox, held: Iterable[Box], rank: int) -> list[tuple[Box, Box]]:
@@ -116,8 +102,8 @@ def _cover(wanted: TargetBox, held: Iterable[Box], rank: int) -> list[tuple[Box,
     if covered == needed and not any(intersect(a, b) for i, (_, a) in enumerate(found) for _, b in found[:i]):
         return sorted(found)
     raise WeightMapError(
-        f"the sampler's parameter {wanted.parameter} on rank {rank} needs {wanted.hf_name} {_text(wanted.hf_box)}, {needed} elements; the"
-        f" trainer's pieces cover {covered} of them ({', '.join(_text(box) for box, _ in sorted(found)) or 'no piece'}):"
+        f"the sampler's parameter {wanted.parameter} on rank {rank} needs {wanted.hf_name} {box_text(wanted.hf_box)}, {needed} elements;"
+        f" the trainer's pieces cover {covered} of them ({', '.join(box_text(box) for box, _ in sorted(found)) or 'no piece'}):"
         " the family's weight table and the sampler's model disagree"
     )
 
@@ -138,20 +124,6 @@ def _assign(
     return Op(name, box, chosen[0], chosen[1], rank, index)
 
 
-def _split(op: Op, limit: int) -> list[Op]:
-    """`op` cut along its first axis (then the next) so that no part has more than `limit` elements."""
-    if op.is_local or op.num_elements <= limit:
-        return [op]
-    axis = next(axis for axis, (_, size) in enumerate(op.box) if size > 1)
-    offset, size = op.box[axis]
-    rows = max(1, size * limit // op.num_elements)
-    parts = []
-    for start in range(0, size, rows):
-        box = (*op.box[:axis], (offset + start, min(rows, size - start)), *op.box[axis + 1 :])
-        parts += _split(Op(op.hf_name, box, op.source_rank, op.source_index, op.target_rank, op.target_index), limit)
-    return parts
-
-
 def _layer_order(name: str) -> int:
     """Embedding first, then the layers, then what follows them: a module's pieces land close together."""
     layer = re.search(r"\.layers\.(\d+)\.", name)
@@ -160,7 +132,7 @@ def _layer_order(name: str) -> int:
     return 0 if "embed" in name else 1 << 30
 
 
-def _buckets(ops: list[Op], limit: int) -> Iterable[tuple[Op, ...]]:
+def _rounds(ops: list[Op], limit: int) -> Iterable[tuple[Op, ...]]:
     bucket: list[Op] = []
     out: Counter[int] = Counter()
     into: Counter[int] = Counter()
@@ -174,7 +146,3 @@ def _buckets(ops: list[Op], limit: int) -> Iterable[tuple[Op, ...]]:
         into[op.target_rank] += size
     if bucket:
         yield tuple(bucket)
-
-
-def _text(box: Box) -> str:
-    return "[" + ", ".join(f"{offset}:{offset + size}" for offset, size in box) + "]"

@@ -78,12 +78,16 @@ def cover_faults(shapes: Mapping[str, tuple[int, ...]], boxes: Iterable[tuple[st
 
 
 def write_tensors(
-    path: Path, entries: Sequence[TensorEntry], produce: Callable[[TensorEntry], torch.Tensor], metadata: dict[str, str] | None = None
+    path: Path,
+    entries: Sequence[TensorEntry],
+    produce: Callable[[TensorEntry], torch.Tensor | Iterable[torch.Tensor]],
+    metadata: dict[str, str] | None = None,
 ) -> WrittenFile:
     """Write a safetensors file of `entries`, asking `produce` for one tensor after the other; returns its size and hash.
 
-    Only one tensor is held at a time. The file is flushed to disk before this returns. Tensors of wide types come first, so that every
-    tensor is aligned, then by name: equal tensors give equal files. Format: https://github.com/huggingface/safetensors#format
+    `produce` gives a tensor whole, or its rows in blocks. Only one tensor or block is held at a time. The file is flushed to disk before
+    this returns. Tensors of wide types come first, so that every tensor is aligned, then by name: equal tensors give equal files.
+    Format: https://github.com/huggingface/safetensors#format
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
@@ -99,16 +103,26 @@ def write_tensors(
             _write_all(file, block)
             digest.update(block)
         for entry in ordered:
-            tensor = produce(entry)
-            if tuple(tensor.shape) != tuple(entry.shape):
-                raise ValueError(f"{entry.key} has the shape {tuple(tensor.shape)}; its entry says {entry.shape}")
-            raw = memoryview(tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8).numpy())
-            for start in range(0, len(raw), BLOCK_BYTES):
-                block = raw[start : start + BLOCK_BYTES]
-                _write_all(file, block)
-                digest.update(block)
+            num_bytes = 0
+            for tensor in _blocks(produce(entry), entry):
+                raw = memoryview(tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8).numpy())
+                for start in range(0, len(raw), BLOCK_BYTES):
+                    block = raw[start : start + BLOCK_BYTES]
+                    _write_all(file, block)
+                    digest.update(block)
+                num_bytes += len(raw)
+            if num_bytes != entry.num_bytes:
+                raise ValueError(f"{entry.key} came as {num_bytes} bytes; its entry says {entry.num_bytes}")
         os.fsync(file.fileno())
     return WrittenFile(8 + len(text) + offset, digest.hexdigest())
+
+
+def _blocks(made: torch.Tensor | Iterable[torch.Tensor], entry: TensorEntry) -> Iterable[torch.Tensor]:
+    if not isinstance(made, torch.Tensor):
+        return made
+    if tuple(made.shape) != tuple(entry.shape):
+        raise ValueError(f"{entry.key} has the shape {tuple(made.shape)}; its entry says {entry.shape}")
+    return (made,)
 
 
 def write_text(path: Path, text: str) -> WrittenFile:

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from megarl.bridge.plan import Box, intersect, num_elements, within
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import Manifest, StoredTensor
 from megarl.checkpoint.sharded import DTYPES, whole
+from megarl.checkpoint.tensor_file import TensorFile
 from megarl.config import ModelConfig
 from megarl.errors import CheckpointError, WeightMapError
 from megarl.models.decoder_table import SCALAR_HEAD
@@ -24,14 +25,14 @@ HEAD_SEED = 0  # every rank, run and resume starts from the same new head
 
 
 class SafetensorsSource:
-    """Tensors of a Hugging Face directory, sharded or single. Reads only the asked boxes; files are memory-mapped, never loaded whole.
+    """Tensors of a Hugging Face directory, sharded or single. Reads only the asked boxes; files are never loaded whole.
 
     Raises `WeightMapError` for a directory without safetensors files, a weight map that leaves the directory, and a missing tensor.
     """
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, TensorFile] = {}
         self._file_of = self._read_index()
 
     def names(self) -> Iterable[str]:
@@ -57,7 +58,10 @@ class SafetensorsSource:
         if len(shape) != len(box) or any(offset + size > full for (offset, size), full in zip(box, shape, strict=True)):
             expected = [offset + size for offset, size in box]
             raise WeightMapError(f"{self.directory / self._file_of[name]}: {name} has shape {list(shape)}; expected at least {expected}")
-        return part[within(box, whole(shape))]
+        try:
+            return part[within(box, whole(shape))]
+        except (OSError, SafetensorError) as error:
+            raise WeightMapError(f"{self.directory / self._file_of[name]}: tensor {name}: {error}") from error
 
     def _slice(self, name: str):
         file = self.file_of(name)
@@ -66,10 +70,10 @@ class SafetensorsSource:
         except SafetensorError as error:
             raise WeightMapError(f"{self.directory / file}: tensor {name}: {error}") from error
 
-    def _open(self, file: str) -> safe_open:
+    def _open(self, file: str) -> TensorFile:
         if file not in self._files:
             try:
-                self._files[file] = safe_open(self.directory / file, framework="pt")
+                self._files[file] = TensorFile(self.directory / file)
             except (OSError, SafetensorError) as error:
                 raise WeightMapError(f"{self.directory / file} cannot be read as safetensors: {error}") from error
         return self._files[file]
@@ -108,7 +112,7 @@ class CheckpointSource:
         if model not in self.manifest.models:
             raise CheckpointError(f"{directory} holds the models {sorted(self.manifest.models)}; expected {model!r}")
         self.model = model
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, TensorFile] = {}
         self._pieces: dict[str, list[tuple[str, StoredTensor]]] = {}
         for path, file in self.manifest.files_of("weights", model).items():
             for tensor in file.tensors:
@@ -142,7 +146,7 @@ class CheckpointSource:
     def _read_piece(self, path: str, piece: StoredTensor, box: Box) -> torch.Tensor:
         try:
             return self._open(path).get_slice(piece.key)[within(box, piece.box)]
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.directory / path}: {piece.key}: {error}") from error
 
     def _pieces_of(self, name: str) -> list[tuple[str, StoredTensor]]:
@@ -150,11 +154,11 @@ class CheckpointSource:
             raise CheckpointError(f"{self.directory}: model {self.model} holds no tensor {name}")
         return self._pieces[name]
 
-    def _open(self, path: str) -> safe_open:
+    def _open(self, path: str) -> TensorFile:
         if path not in self._files:
             manifests.verify(self.directory, path, self.manifest.files[path])
             try:
-                self._files[path] = safe_open(self.directory / path, framework="pt")
+                self._files[path] = TensorFile(self.directory / path)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{self.directory / path} cannot be read as safetensors: {error}") from error
         return self._files[path]

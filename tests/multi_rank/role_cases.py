@@ -61,9 +61,9 @@ def hf_config(**settings) -> dict:
 
 def weights(spec: ModelSpec, role: str, seed: int) -> dict[str, torch.Tensor]:
     """Random weights that give logits some spread and norms that matter."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in sorted(spec.table(role).hf_shapes.items())}
-    return {name: 1 + 0.2 * t if name.endswith("norm.weight") else 0.15 * t for name, t in drawn.items()}
+    generator, table = torch.Generator().manual_seed(seed), spec.table(role)
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in sorted(table.hf_shapes.items())}
+    return {name: table.new_norm + 0.2 * t if name.endswith("norm.weight") else 0.15 * t for name, t in drawn.items()}
 
 
 def make_run(case: Case) -> PpoRun:

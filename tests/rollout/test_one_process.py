@@ -149,7 +149,15 @@ def test_a_loader_that_does_more_than_copy_slices_is_refused():
     assert "into something that is no parameter" in said["a buffer"]
 
 
-@pytest.mark.parametrize(("kind", "precision"), [(kind, "fp32") for kind in FAMILIES] + [("qwen2", "bf16")])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *((kind, "fp32") for kind in FAMILIES),
+        ("qwen2", "bf16"),
+        ("gemma3", "fp32"),
+        pytest.param("mistral", "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_a_pushed_engine_equals_a_freshly_loaded_one(kind, precision, tmp_path):
     folders = [save_tiny(kind, seed, tmp_path) for seed in (0, 1)]
     (report,) = run_ranks(check_family, 1, kind, precision, *folders)

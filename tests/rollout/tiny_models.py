@@ -17,6 +17,14 @@ SIZES = dict(
     max_position_embeddings=128,
 )
 FAMILIES = ("llama", "qwen2", "qwen3-tied")
+WINDOW = 9  # of mistral and gemma3: shorter than prompts and responses
+GEMMA3 = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 24,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 MIXTURES = ("mixtral", "qwen3-moe")
 
 
@@ -30,6 +38,8 @@ def save_tiny(kind: str, seed: int, folder: Path, **sizes: int) -> Path:
         "llama-deep": lambda: transformers.LlamaConfig(**sizes | {"num_hidden_layers": 5}, tie_word_embeddings=False),
         "qwen2": lambda: transformers.Qwen2Config(**sizes, tie_word_embeddings=False),
         "qwen3-tied": lambda: transformers.Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=True),
+        "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=WINDOW, tie_word_embeddings=False),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**sizes | {"num_hidden_layers": 3}, head_dim=32, **GEMMA3),
         "mixtral": lambda: transformers.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
         "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
             **sizes, head_dim=32, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, norm_topk_prob=True

@@ -77,7 +77,7 @@ def test_every_element_arrives_once_and_local_ones_stay(cluster):
 @given(clusters())
 def test_buckets_bound_what_a_rank_sends_and_receives(cluster):
     source, target, limit = cluster
-    for bucket in make_plan(source, target, bucket_bytes=limit * 2, element_bytes=2).buckets:
+    for bucket in make_plan(source, target, bucket_bytes=limit * 2, element_bytes=2).rounds:
         sent, received = Counter(), Counter()
         for op in bucket:
             if not op.is_local:

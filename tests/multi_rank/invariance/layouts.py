@@ -20,13 +20,24 @@ FAMILIES = {
     "llama": BASE | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     "qwen2": BASE | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "qwen3 tied": BASE | QWEN3 | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    "mistral": BASE | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
+    "gemma3": BASE
+    | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_act": None, "head_dim": 16, "tie_word_embeddings": True}
+    | {
+        "sliding_window": 5,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 100.0,
+        "query_pre_attn_scalar": 12,
+    },  # every other is local
     "mixtral": BASE | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3-moe": BASE
     | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "tie_word_embeddings": True}
     | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1}
     | {"mlp_only_layers": []},
 }
+DENSE = ("llama", "qwen2", "qwen3 tied")
 MIXTURES = ("mixtral", "qwen3-moe")
+LOCAL = ("mistral", "gemma3")
 SHORT = {
     "tensor": "tp",
     "pipeline": "pp",
@@ -85,6 +96,8 @@ CI = [
     *rows("llama", 1, {"microbatch_size": 3} | SMALL_LOGITS, {"max_tokens_per_microbatch": 32, "recompute": "full"}),
     *rows("llama", 2, {"tensor": 2}, {"pipeline": 2, "microbatch_size": 3, "head": "last_stage"}, {"distributed_optimizer": False}),
     *rows("qwen3 tied", 2, {"pipeline": 2, "microbatch_size": 1, "head": "sharded"}, {"context": 2, "recompute": "selective"}),
+    *rows("gemma3", 1, {"max_tokens_per_microbatch": 32}),
+    *rows("gemma3", 2, {"context": 2, "microbatch_size": 3}),
     *rows("mixtral", 2, {"expert": 2, "microbatch_size": 2}),
 ]
 # Combinations on four ranks, which with the above make the short list.
@@ -156,6 +169,20 @@ _DEEP_ON_EIGHT = [
     {"pipeline": 4, "context": 2, "microbatch_size": 2, "head": "sharded"},
     SP2 | {"pipeline": 2, "virtual_pipeline": 2, "context": 2, "microbatch_size": 3},
 ]
+# Local layers: windows that end in another pack, chunk or rank.
+_LOCAL_ON_ONE = [{"max_tokens_per_microbatch": 32}, {"microbatch_size": 3, "recompute": "full"}]
+_LOCAL_ON_TWO = [
+    SP2 | {"max_tokens_per_microbatch": 32, "recompute": "selective"},
+    {"pipeline": 2, "microbatch_size": 1, "head": "sharded"} | SMALL_LOGITS,
+    {"context": 2, "microbatch_size": 3},
+    {"microbatch_size": 3},
+]
+_LOCAL_ON_FOUR = [
+    SP2 | {"pipeline": 2, "microbatch_size": 3, "head": "sharded"},
+    SP2 | {"context": 2, "recompute": "full"},
+    {"pipeline": 2, "context": 2, "max_tokens_per_microbatch": 32},
+    {"context": 4},
+]
 _MIXTURE_ON_TWO = [
     {},
     {"expert": 2},
@@ -181,7 +208,6 @@ _MIXTURE_ON_EIGHT = [
 ]
 _DEEP_MIXTURE_ON_FOUR = [{"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "microbatch_size": 2}]
 
-DENSE = ("llama", "qwen2", "qwen3 tied")
 NIGHTLY = [
     *(row for family in DENSE for row in rows(family, 1, *_DENSE_ON_ONE)),
     *(row for family in DENSE for row in rows(family, 2, *_DENSE_ON_TWO)),
@@ -192,6 +218,11 @@ NIGHTLY = [
     *rows("llama", 2, {"pipeline": 2, "microbatch_size": 3}, {"microbatch_size": 3}, {"tensor": 2}, ppo=SEQUENCE_MEAN),
     *rows("llama", 2, {"pipeline": 2, "microbatch_size": 3}, {"microbatch_size": 3}, ppo={"aggregation": "sequence_sum_fixed"}),
     *rows("llama", 4, {"pipeline": 2, "context": 2, "microbatch_size": 3}, ppo=SEQUENCE_MEAN),
+    *(row for family in LOCAL for row in rows(family, 1, *_LOCAL_ON_ONE)),
+    *(row for family in LOCAL for row in rows(family, 2, *_LOCAL_ON_TWO)),
+    *(row for family in LOCAL for row in rows(family, 4, *_LOCAL_ON_FOUR)),
+    *rows("gemma3", 4, {"pipeline": 2, "virtual_pipeline": 2, "microbatch_size": 2}, layers=5),
+    *(row for family in LOCAL for row in rows(family, 8, SP2 | {"pipeline": 2, "context": 2, "max_tokens_per_microbatch": 64})),
     *(row for family in MIXTURES for row in rows(family, 1, {"microbatch_size": 3}, {"recompute": "full", "microbatch_size": 1})),
     *(row for family in MIXTURES for row in rows(family, 2, *_MIXTURE_ON_TWO)),
     *(row for family in MIXTURES for row in rows(family, 4, *_MIXTURE_ON_FOUR)),
