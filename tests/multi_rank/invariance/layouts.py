@@ -69,7 +69,9 @@ class Layout:
     def hf_config(self) -> dict:
         return FAMILIES[self.family] | {"num_hidden_layers": self.layers}
 
-    def __str__(self) -> str:
+    @property
+    def way(self) -> str:
+        """What is split and how, without family and ranks."""
         replica = self.parallel.get("tensor", 1) * self.parallel.get("pipeline", 1) * self.parallel.get("context", 1)
         words = [f"dp{self.ranks // replica}"] if self.ranks > replica else []
         words += [f"{short}{self.parallel[key]}" for key, short in SHORT.items() if key in self.parallel]
@@ -79,7 +81,10 @@ class Layout:
         words += ["whole optimizer"] if self.parallel.get("distributed_optimizer") is False else []
         words += [self.ppo["aggregation"]] if "aggregation" in self.ppo else []
         words += [f"{self.layers} layers"] if self.layers != 3 else []
-        return f"{self.family}, {self.ranks} rank{'s' * (self.ranks > 1)}: {' '.join(words) or 'one microbatch'}"
+        return " ".join(words) or "one microbatch"
+
+    def __str__(self) -> str:
+        return f"{self.family}, {self.ranks} rank{'s' * (self.ranks > 1)}: {self.way}"
 
 
 def rows(family: str, ranks: int, *parallel: dict, layers: int = 3, ppo: dict | None = None) -> list[Layout]:
