@@ -34,6 +34,14 @@ class CheckpointError(MegarlError):
     """A checkpoint is missing, incomplete or belongs to another model or layout."""
 
 
+class DamageError(CheckpointError):
+    """A file of a checkpoint is not what was written: another checkpoint may serve."""
+
+
+class FencedError(CheckpointError):
+    """Another start of the same run has taken over its directory: this one must not write there any more."""
+
+
 class RolloutError(MegarlError):
     """The sampler could not start, or returned something that is not a completion."""
 
@@ -44,3 +52,13 @@ class RewardError(MegarlError):
 
 class SetupError(MegarlError):
     """This machine cannot run megarl as asked: a missing package, device, directory or amount of disk."""
+
+
+def error_kinds() -> dict[str, type[MegarlError]]:
+    """Every error class by its name: how an error that crossed a process boundary becomes one again."""
+    kinds, waiting = {}, [MegarlError]
+    while waiting:
+        kind = waiting.pop()
+        kinds[kind.__name__] = kind
+        waiting += kind.__subclasses__()
+    return kinds

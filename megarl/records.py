@@ -45,14 +45,19 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled response. `rollout_logprobs` speak of the tempered distribution it was drawn from."""
+    """A sampled response. `rollout_logprobs` speak of the tempered distribution it was drawn from.
+
+    Where newer weights reached the sampler while it was on its way, `later_versions` says from which token on which weights chose:
+    ((first token, policy version), ...). Otherwise it is empty, and all tokens are of `policy_version`.
+    """
 
     prompt_id: int
     sample_index: int
     token_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
     finish_reason: str  # "stop" or "length"
-    policy_version: int
+    policy_version: int  # of the weights that chose the first token
+    later_versions: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,43 @@ the device of the group's backend.
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.errors import MegarlError
+from megarl.errors import MegarlError, RolloutError, error_kinds
 from megarl.parallel import device
 
 Group = dist.ProcessGroup
 Result = TypeVar("Result")
+
+
+def meet(what: str, group: Group, timeout_s: float, key: str) -> None:
+    """Returns when every rank of the default `group` has come to `what`, whose `key` is used once. Every rank of the group calls it.
+
+    Raises `RolloutError` on the ranks that came, naming those that did not within `timeout_s`: a collective call would end with a timeout
+    that names nobody, or meet another call of the missing rank and mix the two up.
+    """
+    rank, size = dist.get_rank(group), group.size()
+    if size == 1:
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"megarl/meet/{key}"
+    store.set(f"{key}/{rank}", "here")
+    if store.add(f"{key}/count", 1) == size:
+        store.set(f"{key}/all", "here")
+    try:
+        store.wait([f"{key}/all"], timedelta(seconds=timeout_s))
+    except RuntimeError:  # torch's DistStoreError is one
+        missing = [other for other in range(size) if not store.check([f"{key}/{other}"])]
+        if missing:
+            names = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
+            raise RolloutError(
+                f"rank {names} did not come to {what} within {timeout_s:g} s; the other ranks of {size} wait there"
+            ) from None
+        raise
 
 
 def sum_over(tensor: Tensor, group: Group) -> Tensor:
@@ -110,7 +136,7 @@ def agree(error: MegarlError | None, group: Group) -> None:
     for index, message in enumerate(messages):
         if message is not None:
             name, text = message
-            kind = _error_kinds().get(name, MegarlError)
+            kind = error_kinds().get(name, MegarlError)
             raise kind(f"{text} (rank {dist.get_global_rank(group, index)})")
 
 
@@ -126,15 +152,6 @@ def together(work: Callable[[], Result], group: Group) -> Result:
         error = failure
     agree(error, group)
     return result
-
-
-def _error_kinds() -> dict[str, type[MegarlError]]:
-    kinds, waiting = {}, [MegarlError]
-    while waiting:
-        kind = waiting.pop()
-        kinds[kind.__name__] = kind
-        waiting += kind.__subclasses__()
-    return kinds
 
 
 def _all_gather(tensor: Tensor, group: Group) -> list[Tensor]:

@@ -106,6 +106,10 @@ class Endpoint:
             self._staged[parameter] = torch.zeros(place.canonical.shape, dtype=place.canonical.dtype)
         return self._staged[parameter]
 
+    def is_live(self, parameter: str) -> bool:
+        """True when the parameter is written in place, without staging."""
+        return self._places[parameter].address is not None
+
     def commit(self, parameters: Sequence[str]) -> None:
         """These parameters are complete. A packed module is processed, and its staging freed, when all its packed parameters are."""
         for name in parameters:

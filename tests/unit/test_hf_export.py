@@ -1,8 +1,9 @@
 """Import and export: bit for bit the same tensors, complete directories, and refusals that leave nothing behind."""
 
+import hashlib
 import json
 import shutil
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import partial
 
 import pytest
@@ -10,12 +11,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megarl.checkpoint import publish, sharded
-from megarl.checkpoint.hf_export import export, plan_shards, tokenizer_note
+from megarl.bridge.boxes import num_elements
+from megarl.checkpoint import hf_export, publish, sharded, streams
+from megarl.checkpoint.export_proof import check_names
+from megarl.checkpoint.hf_export import export
+from megarl.checkpoint.hf_files import tokenizer_note
 from megarl.checkpoint.hf_import import import_hf
 from megarl.checkpoint.manifest import read_manifest
+from megarl.checkpoint.model_card import load_snippet
 from megarl.checkpoint.sharded import TensorEntry, whole
 from megarl.checkpoint.sources import CheckpointSource, SafetensorsSource, open_weights
+from megarl.checkpoint.streams import plan_shards
 from megarl.data.tokenizers import load_tokenizer
 from megarl.errors import CheckpointError, SetupError, WeightMapError
 from tests.unit.text_files import sentencepiece_file
@@ -57,9 +63,7 @@ def tensors_in(directory):
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize(
-    "family, tied", [("llama", False), ("qwen2", True), ("qwen3", False), ("mixtral", False), ("qwen3_moe", True)]
-)
+@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("qwen3", False), ("mixtral", False), ("qwen3_moe", True)])
 def test_import_and_export_keep_every_bit(tmp_path, tokenizer_model, family, tied):
     save_hf(tmp_path / "hf", tokenizer_model, family, tied, shard="20KB", dtype=torch.bfloat16)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
@@ -114,14 +118,78 @@ def test_export_in_another_dtype(tmp_path, tokenizer_model):
         export(tmp_path / "checkpoint", tmp_path / "out2", dtype="int4")
 
 
-def test_one_tensor_at_a_time(tmp_path, tokenizer_model, monkeypatch):
-    save_hf(tmp_path / "hf", tokenizer_model)
-    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+def test_a_block_of_rows_at_a_time(tmp_path, imported, monkeypatch):
+    monkeypatch.setattr(streams.row_blocks, "__defaults__", (512,))
     asked = []
     original = CheckpointSource.read
-    monkeypatch.setattr(CheckpointSource, "read", lambda self, name, box: asked.append(name) or original(self, name, box))
+    monkeypatch.setattr(CheckpointSource, "read", lambda self, name, box: asked.append((name, box)) or original(self, name, box))
+    export(imported, tmp_path / "out", proof="elements")
+    assert max(num_elements(box) for _, box in asked) * 4 <= 512
+    rows = Counter(name for name, _ in asked)
+    assert rows["model.norm.weight"] == 2 and rows["lm_head.weight"] > 20, "once to write, once to compare"
+
+
+@pytest.mark.parametrize("what", ["element", "name", "logits"])
+def test_an_export_that_is_not_what_it_should_be_gets_no_name(tmp_path, imported, monkeypatch, what):
+    if what == "element":  # one bit differs on the disk
+        original = hf_export._write_rest
+
+        def damage(staging, plan):
+            note = original(staging, plan)
+            path = next(staging.glob("*.safetensors"))
+            path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+            return note
+
+        monkeypatch.setattr(hf_export, "_write_rest", damage)
+    elif what == "name":
+        monkeypatch.setattr(hf_export, "check_names", lambda directory, shapes: check_names(directory, shapes | {"lost": (3,)}))
+    else:  # a rule of the table is wrong: the same tensors, another model
+        original_config = hf_export.hf_config
+        monkeypatch.setattr(hf_export, "hf_config", lambda *given: original_config(*given) | {"rms_norm_eps": 0.5})
+    reason = {"element": "differs in rows", "name": r"lost \(3,\) instead of None", "logits": "logits of transformers differ"}[what]
+    with pytest.raises(CheckpointError, match=reason):
+        export(imported, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_too_large_for_float16_are_refused(tmp_path, tokenizer_model):
+    save_hf(tmp_path / "hf", tokenizer_model)
+    tensors = tensors_in(tmp_path / "hf")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"model.norm.weight holds 1e\+05; float16 ends at 65504: export as bf16"):
+        export(tmp_path / "checkpoint", tmp_path / "out", dtype="fp16")
+
+
+def test_the_readme_says_what_was_proven(tmp_path, imported):
+    text = (export(imported, tmp_path / "out", max_shard_bytes=40_000) / "README.md").read_text()
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1 and all(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" in text for path in files)
+    for words in (
+        'base_model: "hf"',
+        "read back and compared",
+        "exactly these 21 tensors",
+        "logits on 3 fixed prompts",
+        "AutoModelForCausalLM",
+    ):
+        assert words in text, words
+    assert str(tmp_path) not in text, "no path of this machine"
+    snippet = text.split("```python\n")[1].split("```")[0].replace("DIRECTORY", repr(str(tmp_path / "out")))
+    names = {}
+    exec(compile(snippet, "README", "exec"), names)
+    assert names["model"].config.vocab_size == SIZES["vocab_size"]
+
+
+@pytest.mark.parametrize("model", ["reward", "critic"])
+def test_the_snippet_of_a_scalar_head_loads_it(tmp_path, tokenizer_model, model):
+    save_hf(tmp_path / "hf", tokenizer_model, scalar_head=True)
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "out")
-    assert sorted(asked) == sorted(tensors_in(tmp_path / "hf")), "each tensor is read once, whole"
+    names = {"DIRECTORY": tmp_path / "out", "prompt": "1+1=", "response": "2"}
+    exec(compile(load_snippet(model), "README", "exec"), names)
+    found = names["score"] if model == "reward" else names["values"][-1]
+    torch.testing.assert_close(found, names["model"](names["ids"]).logits[0, 0])
 
 
 def test_several_end_tokens_survive_the_way_through_a_checkpoint(tmp_path, tokenizer_model):
@@ -165,6 +233,32 @@ def test_which_model_a_role_gets(tmp_path, tokenizer_model):
         with pytest.raises(CheckpointError, match=reason):
             open_weights(tmp_path / f"{path.name}-checkpoint", role)
     assert open_weights(tmp_path / "rm-checkpoint", "reward")[0] == open_weights(tmp_path / "rm", "reward")[0]
+
+
+def test_a_generation_config_survives_the_way_through_a_checkpoint(tmp_path, tokenizer_model):
+    save_hf(tmp_path / "hf", tokenizer_model)
+    change_json(tmp_path / "hf" / "generation_config.json", temperature=0.6, top_p=0.95, do_sample=True)
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "out")
+    found = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (found.temperature, found.top_p, found.do_sample) == (0.6, 0.95, True)
+
+
+def test_import_in_another_dtype(tmp_path, tokenizer_model):
+    save_hf(tmp_path / "hf", tokenizer_model)
+    source = CheckpointSource(import_hf(tmp_path / "hf", tmp_path / "checkpoint", dtype="bf16"), "actor")
+    before = tensors_in(tmp_path / "hf")
+    assert all(torch.equal(source.read(name, whole(tensor.shape)), tensor.bfloat16()) for name, tensor in before.items())
+
+
+def test_import_refuses_code(tmp_path, tokenizer_model):
+    save_hf(tmp_path / "hf", tokenizer_model)
+    for name, content, reason in [("modeling_x.py", "boom()", "is code"), ("processor_config.json", '{"auto_map": {}}', "auto_map")]:
+        (tmp_path / "hf" / name).write_text(content)
+        with pytest.raises(WeightMapError, match=reason):
+            import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+        (tmp_path / "hf" / name).unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def change_json(path, **changes):
