@@ -231,7 +231,7 @@ NIGHTLY = [
     *(row for family in MIXTURES for row in rows(family, 1, {"microbatch_size": 3}, {"recompute": "full", "microbatch_size": 1})),
     *(row for family in MIXTURES for row in rows(family, 2, *_MIXTURE_ON_TWO)),
     *(row for family in MIXTURES for row in rows(family, 4, *_MIXTURE_ON_FOUR)),
-    *(row for family in MIXTURES for row in rows(family, 4, *_DEEP_MIXTURE_ON_FOUR, layers=5)),
+    *(row for family in MIXTURES for row in rows(family, 4, *_DEEP_MIXTURE_ON_FOUR, layers=4)),
     *(row for family in MIXTURES for row in rows(family, 8, *_MIXTURE_ON_EIGHT)),
     *rows("qwen3-moe", 8, SP2 | {"expert": 8, "microbatch_size": 2}),
 ]
