@@ -1,8 +1,20 @@
 """Boxes of Hugging Face tensors: one (offset, size) pair for each axis. Both sides of the bridge describe what they hold in them."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 Box = tuple[tuple[int, int], ...]
+SourceMeta = Sequence[Sequence[tuple[str, Box]]]  # [rank][piece]: (Hugging Face name, box)
+
+
+class TargetBox(NamedTuple):
+    """One box of a Hugging Face tensor and where it lies in a parameter of one generator rank. Both boxes have equal sizes."""
+
+    hf_name: str
+    hf_box: Box
+    parameter: str
+    parameter_box: Box
 
 
 def num_elements(box: Box) -> int:

@@ -5,27 +5,17 @@ Megatron's sharded state, the sampler's boxes from a trace of its own loader; in
 every combination of parallel layouts. `docs/design.md` draws the picture.
 """
 
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megarl.bridge.boxes import Box, box_text, intersect, num_elements, split, within
-from megarl.errors import WeightMapError
+from megarl.bridge.boxes import Box, SourceMeta, TargetBox, box_text, intersect, join, num_elements, within
+from megarl.bridge.demand import Demand, Unit, make_demand
+from megarl.bridge.rounds import Schedule, Visit, make_schedule
+from megarl.bridge.senders import Bound, lower_bound
 
 __all__ = ["Box", "Op", "SourceMeta", "TargetBox", "WeightPlan", "box_text", "intersect", "make_plan", "num_elements", "within"]
-
-SourceMeta = Sequence[Sequence[tuple[str, Box]]]  # [rank][piece]: (Hugging Face name, box)
-
-
-class TargetBox(NamedTuple):
-    """One box of a Hugging Face tensor and where it lies in a parameter of one generator rank. Both boxes have equal sizes."""
-
-    hf_name: str
-    hf_box: Box
-    parameter: str
-    parameter_box: Box
 
 
 class Op(NamedTuple):
@@ -64,6 +54,67 @@ class WeightPlan:
         return tuple(op for ops in self.rounds for op in ops)
 
 
+class Outline:
+    """A plan before it is written out in ops: the same for all ranks, and small however many they are."""
+
+    def __init__(self, demand: Demand, schedule: Schedule):
+        self.demand, self.schedule = demand, schedule
+        self._class_of = {rank: number for number, ranks in enumerate(demand.classes) for rank in ranks}
+        self._units: list[dict[int, list[tuple[int, Unit]]]] = []  # [layer][class]: position in the layer, unit
+        for units in demand.layers:
+            self._units.append(defaultdict(list))
+            for position, unit in enumerate(units):
+                self._units[-1][unit.target_class].append((position, unit))
+
+    @property
+    def bound(self) -> Bound:
+        """What no plan can beat."""
+        return lower_bound(self.demand)
+
+    def write_out(self, rank: int | None = None) -> WeightPlan:
+        """The plan of one rank, or with None of all."""
+        rounds: list[list[Op]] = [[] for _ in range(self.schedule.num_rounds)]
+        for visit in self.schedule.visits:
+            is_mine = rank is None or rank in visit.senders
+            for receiver in visit.receivers:
+                if is_mine or rank == receiver:
+                    rounds[visit.round] += self._ops(visit, receiver, rank)
+        return WeightPlan(tuple(map(tuple, rounds)), rank)
+
+    def _ops(self, visit: Visit, receiver: int, rank: int | None) -> Iterable[Op]:
+        copies = []
+        for position, unit in self._units[visit.layer][self._class_of[receiver]]:
+            sender = visit.senders[position]
+            sender = receiver if sender < 0 else sender
+            if rank in (None, receiver, sender):
+                copies += [(atom, sender) for atom in unit.atoms[unit.first[visit.first] : unit.first[visit.last]]]
+        copies.sort(key=lambda copy: copy[0].order)
+        joined: dict[tuple[int, Box, int], list[Op]] = {}
+        for atom, sender in copies:
+            key = (atom.target_index, atom.piece, sender)
+            parts = joined.setdefault(key, [])
+            if parts and (box := join(parts[-1].box, atom.box)):
+                parts[-1] = parts[-1]._replace(box=box)
+            else:
+                piece = self.demand.pieces.index(sender, atom.hf_name, atom.piece)
+                parts.append(Op(atom.hf_name, atom.box, sender, piece, receiver, atom.target_index))
+        return [op for parts in joined.values() for op in parts]
+
+
+def make_outline(
+    source: SourceMeta,
+    target: Sequence[Sequence[TargetBox]],
+    *,
+    bucket_bytes: int,
+    element_bytes: int,
+    node_of: Callable[[int], int] = lambda rank: 0,
+) -> Outline:
+    """The part of `make_plan` that does not depend on a rank; same arguments."""
+    limit = max(1, bucket_bytes // element_bytes)
+    demand = make_demand(source, target, limit)
+    return Outline(demand, make_schedule(demand, node_of, limit))
+
+
 def make_plan(
     source: SourceMeta,
     target: Sequence[Sequence[TargetBox]],
@@ -71,78 +122,16 @@ def make_plan(
     bucket_bytes: int,
     element_bytes: int,
     node_of: Callable[[int], int] = lambda rank: 0,
+    rank: int | None = None,
 ) -> WeightPlan:
     """The plan that fills every target box from the pieces of `source`. Equal arguments give equal plans, on every rank.
 
-    A rank takes what it holds itself; anything else comes from the least loaded replica, ranks of the same node first.
-    Args: `source[rank]` and `target[rank]` describe what a rank holds and needs; `bucket_bytes` bounds what a rank sends and what it
-    receives in one bucket, `element_bytes` is the size of a transferred element, `node_of` maps ranks to machines.
+    A rank takes what it holds itself; anything else comes from a replica, those of the same node first unless that delays the whole, and
+    replicas share the work evenly.
+    Args: `source[rank]` and `target[rank]` describe what a rank holds and needs (share the objects of ranks that have the same: they are
+    compared once); `bucket_bytes` bounds what a rank sends and what it receives in one round, `element_bytes` is the size of a
+    transferred element, `node_of` maps ranks to machines; with `rank` only its own ops are written out.
     Raises `WeightMapError` when a target box is not covered exactly once.
     """
-    holders: dict[str, dict[Box, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
-    for rank, pieces in enumerate(source):
-        for index, (name, box) in enumerate(pieces):
-            holders[name][box].append((rank, index))
-    sent: Counter[int] = Counter()
-    ops: list[Op] = []
-    for rank, boxes in enumerate(target):
-        for index, wanted in enumerate(boxes):
-            for box, common in _cover(wanted, holders.get(wanted.hf_name, {}), rank):
-                op = _assign(wanted.hf_name, common, holders[wanted.hf_name][box], rank, index, sent, node_of)
-                ops += [op] if op.is_local else [op._replace(box=part) for part in split(op.box, max(1, bucket_bytes // element_bytes))]
-    ops.sort(key=lambda op: (_layer_order(op.hf_name), op.hf_name, op.source_rank, op.target_rank, op.target_index, op.box))
-    return WeightPlan(tuple(_rounds(ops, bucket_bytes // element_bytes)))
-
-
-def _cover(wanted: TargetBox, held: Iterable[Box], rank: int) -> list[tuple[Box, Box]]:
-    """(held box, part of `wanted` in it) for the held boxes that make up `wanted`; the parts are disjoint and leave nothing out."""
-    found = [(box, common) for box in held if (common := intersect(box, wanted.hf_box)) is not None]
-    covered = sum(num_elements(common) for _, common in found)
-    needed = num_elements(wanted.hf_box)
-    if covered == needed and not any(intersect(a, b) for i, (_, a) in enumerate(found) for _, b in found[:i]):
-        return sorted(found)
-    raise WeightMapError(
-        f"the sampler's parameter {wanted.parameter} on rank {rank} needs {wanted.hf_name} {box_text(wanted.hf_box)}, {needed} elements;"
-        f" the trainer's pieces cover {covered} of them ({', '.join(box_text(box) for box, _ in sorted(found)) or 'no piece'}):"
-        " the family's weight table and the sampler's model disagree"
-    )
-
-
-def _assign(
-    name: str,
-    box: Box,
-    holders: list[tuple[int, int]],
-    rank: int,
-    index: int,
-    sent: Counter[int],
-    node_of: Callable[[int], int],
-) -> Op:
-    own = next((holder for holder in holders if holder[0] == rank), None)
-    chosen = own or min(holders, key=lambda holder: (node_of(holder[0]) != node_of(rank), sent[holder[0]], holder))
-    if own is None:
-        sent[chosen[0]] += num_elements(box)
-    return Op(name, box, chosen[0], chosen[1], rank, index)
-
-
-def _layer_order(name: str) -> int:
-    """Embedding first, then the layers, then what follows them: a module's pieces land close together."""
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    if layer:
-        return int(layer.group(1)) + 1
-    return 0 if "embed" in name else 1 << 30
-
-
-def _rounds(ops: list[Op], limit: int) -> Iterable[tuple[Op, ...]]:
-    bucket: list[Op] = []
-    out: Counter[int] = Counter()
-    into: Counter[int] = Counter()
-    for op in ops:
-        size = 0 if op.is_local else op.num_elements
-        if bucket and max(out[op.source_rank], into[op.target_rank]) + size > limit:
-            yield tuple(bucket)
-            bucket, out, into = [], Counter(), Counter()
-        bucket.append(op)
-        out[op.source_rank] += size
-        into[op.target_rank] += size
-    if bucket:
-        yield tuple(bucket)
+    outline = make_outline(source, target, bucket_bytes=bucket_bytes, element_bytes=element_bytes, node_of=node_of)
+    return outline.write_out(rank)

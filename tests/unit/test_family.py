@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import megarl
 from megarl.errors import LayoutError, WeightMapError
 from megarl.models.family import FAMILIES, Mixture, check_layout, padded_vocab, read_spec, spec_from_hf_config, stage_layers
 from megarl.models.spec import Window
@@ -262,3 +264,9 @@ def test_end_tokens_are_those_of_both_files(tmp_path, config, generation, expect
     spec = read_spec(tmp_path)
     assert spec.end_ids == expected
     assert spec_from_hf_config(spec.hf_config).end_ids == expected, "a checkpoint keeps them"
+
+
+def test_the_family_in_the_guide_is_the_file():
+    root = Path(megarl.__file__).parent
+    guide = (root.parent / "docs" / "adding_a_model.md").read_text()
+    assert f"```python\n{(root / 'models' / 'mistral.py').read_text()}```" in guide

@@ -96,6 +96,8 @@ def test_random_weights_are_a_function_of_seed_and_name():
     assert torch.equal(again.read(name, ((3, 5), (10, 20))), full[3:8, 10:30])
     assert abs(full.std().item() - 0.02) < 0.002
     assert torch.equal(first.read("model.norm.weight", ((0, 64),)), torch.ones(64))
+    gemma = spec_from_hf_config(tiny_config("gemma3").to_dict()).table("actor")
+    assert not RandomSource(gemma, 7).read("model.layers.1.post_feedforward_layernorm.weight", ((0, 64),)).any(), "its norms add one"
     assert torch.equal(first.read("model.layers.0.self_attn.q_proj.bias", ((0, 64),)), torch.zeros(64))
 
 

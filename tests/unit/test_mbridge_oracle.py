@@ -13,9 +13,8 @@ from megarl.parallel import device
 from tests.tiny_hf import KINDS, MIXTURES, tiny_config
 from tests.unit.test_family_table import positions
 
-# mbridge knows Gemma 3 inside its vision model only; a Mistral's weights are called as a Llama's.
-TEACHERS = {"mistral": "llama"}
-ACTORS = [kind for kind in KINDS | MIXTURES if not kind.endswith("critic") and kind != "gemma3"]
+TEACHERS = {"mistral": "llama"}  # the same names
+ACTORS = [kind for kind in KINDS | MIXTURES if not kind.endswith("critic")]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,11 @@ def test_mbridge_places_every_row_alike(registry, kind):
 
     config = tiny_config(kind)
     spec = spec_from_hf_config(config.to_dict())
+    family = TEACHERS.get(spec.family, spec.family)
+    if family not in registry:
+        pytest.skip(f"mbridge has no map for {family}")
     config.head_dim = spec.head_dim  # mbridge does not compute a missing one
-    teacher = registry[TEACHERS.get(spec.family, spec.family)](config, dtype=torch.float32, parallel_states=ParallelStates())
+    teacher = registry[family](config, dtype=torch.float32, parallel_states=ParallelStates())
     table, generator = spec.table("actor"), torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in table.hf_shapes.items()}
     met = set()
