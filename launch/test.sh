@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Runs the tests: `bash launch/test.sh [--slow] [pytest arguments]`. Under 20 minutes on two cores.
 #   --slow     the slow slice (whole courses, larger worlds) instead of the default selection
-# Exit code: pytest's; 124 when the whole run takes longer than MEGARL_TEST_TIMEOUT seconds [2400].
+# Exit code: pytest's; 124 when the whole run takes longer than MEGARL_TEST_TIMEOUT seconds [2400; 7200 for the slow slice].
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MEGARL_DEV=1 . launch/env.sh || exit $?
 
-selection="not slow and not gpu"
+selection="not slow and not gpu" limit=2400
 [[ ${MEGARL_HOST_GPUS:-0} == 0 ]] || selection="not slow"
 if [[ ${1:-} == --slow ]]; then
-    selection="slow and not gpu"
+    selection="slow and not gpu" limit=7200
     shift
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}          # ranks of the multi-rank tests share the cores
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 "$MEGARL_PYTHON" -m ruff check . || exit 1
-exec timeout --signal=INT --kill-after=30 "${MEGARL_TEST_TIMEOUT:-2400}" \
+exec timeout --signal=INT --kill-after=30 "${MEGARL_TEST_TIMEOUT:-$limit}" \
     "$MEGARL_PYTHON" -m pytest -m "$selection" --durations=15 "$@"
