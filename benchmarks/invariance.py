@@ -46,8 +46,13 @@ def _largest(found: list[Found]) -> dict[str, str]:
 
 
 def _families(names: Iterable[str]) -> str:
-    found = tuple(names)
-    return next((kind for kind, members in KINDS.items() if found == members), ", ".join(found))
+    """Kinds of families that are there in full, then the others."""
+    left, words = list(names), []
+    for kind, members in KINDS.items():
+        if set(members) <= set(left):
+            words.append(kind)
+            left = [name for name in left if name not in members]
+    return ", ".join([*words, *left])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from megarl import __version__
+from megarl import __version__, file_commands
 from megarl.check import Inspection, inspect, show
 from megarl.config import PpoRun, RewardRun, SftRun
 from megarl.config_file import RUNS
@@ -31,8 +31,7 @@ _SUMMARY = {
     "ppo": "PPO with a critic: sample with vLLM, score, learn, publish the weights, repeat",
     "sft": "supervised fine-tuning on demonstrations",
     "reward": "train a reward model on preference pairs",
-    "export": "write a checkpoint as a Hugging Face directory",
-    "import": "write a Hugging Face directory as a megarl checkpoint",
+    **{name: summary for name, (summary, _, _) in file_commands.COMMANDS.items()},
     "version": "versions of megarl and of what it runs on",
 }
 
@@ -161,23 +160,6 @@ def _reward(run: RewardRun, layout: ParallelLayout) -> None:
     train_reward(run, layout)
 
 
-# ---------------------------------------------------------------- files
-def _export(parsed: argparse.Namespace) -> int:
-    from megarl.checkpoint.hf_export import MAX_SHARD_BYTES, export
-
-    out = export(parsed.checkpoint, parsed.out, parsed.role, parsed.dtype, parsed.max_shard_bytes or MAX_SHARD_BYTES)
-    print(f"exported {parsed.checkpoint} to {out}")
-    return 0
-
-
-def _import(parsed: argparse.Namespace) -> int:
-    from megarl.checkpoint.hf_import import import_hf
-
-    out = import_hf(parsed.hf_dir, parsed.out, parsed.tokenizer)
-    print(f"imported {parsed.hf_dir} to {out}")
-    return 0
-
-
 def _version(parsed: argparse.Namespace) -> int:
     for name, version in describe_versions().items():
         print(f"{name:20} {version}")
@@ -191,23 +173,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for kind in RUNS:
         _add_course(_add(commands, kind, _course))
-    command = _add(commands, "export", _export)
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run's output_dir (its newest checkpoint)")
-    command.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist or be empty")
-    command.add_argument("--role", choices=("actor", "critic", "reward"), help="model of the checkpoint [actor, else the only one]")
-    command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights [as stored]")
-    command.add_argument("--max-shard-bytes", type=_positive, metavar="N", help="largest safetensors file [5000000000]")
-    command = _add(commands, "import", _import)
-    command.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="directory with config.json and *.safetensors")
-    command.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist or be empty")
-    command.add_argument("--tokenizer", type=Path, metavar="PATH", help="sentencepiece .model file or Hugging Face directory [HF_DIR]")
+    for name, (_, add_arguments, action) in file_commands.COMMANDS.items():
+        add_arguments(_add(commands, name, action))
     _add(commands, "version", _version)
     return parser
 
 
-def _add(commands: argparse._SubParsersAction, name: str, action: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+def _add(commands: argparse._SubParsersAction, name: str, action: Callable[[argparse.Namespace], int] | None) -> argparse.ArgumentParser:
+    """A command; `action` is None where its own commands have theirs."""
     command = commands.add_parser(name, help=_SUMMARY[name], description=_SUMMARY[name].capitalize() + ".")
-    command.set_defaults(action=action)
+    if action is not None:
+        command.set_defaults(action=action)
     return command
 
 
@@ -221,16 +197,12 @@ def _add_course(command: argparse.ArgumentParser) -> None:
         help="set a key by its dotted name, the value read as YAML: parallel.tensor=2 rewards.0.weight=0.5 eval=null",
     )
     command.add_argument("--check", action="store_true", help="say what the run would be and whether it fits, and start nothing")
-    command.add_argument("--world", type=_positive, metavar="N", help="with --check: count with N ranks [as many as CONFIG's cluster has]")
+    command.add_argument(
+        "--world", type=file_commands.positive, metavar="N", help="with --check: count with N ranks [as many as CONFIG's cluster has]"
+    )
     command.epilog = (
         "A run on several ranks starts with launch/torchrun.sh: NPROC=4 bash launch/torchrun.sh " + command.prog.split()[-1] + " CONFIG"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

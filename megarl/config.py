@@ -3,6 +3,7 @@
 A run is one YAML file plus `a.b=c` overrides. `PpoRun`, `SftRun` and `RewardRun` share the sections of `Run`.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,16 @@ def _expand_user(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:  # "~name" of somebody this machine does not know
         raise ValueError("a path whose ~ names a user of this machine") from error
+
+
+def _whole_distribution(value: float, neutral: tuple[float, ...]) -> float:
+    """Truncated sampling draws from another distribution than the one whose log-probabilities are trained."""
+    if value not in neutral:
+        raise ValueError(
+            f"{' or '.join(map(str, neutral))}: the sampler's log-probabilities would speak of another distribution than the trainer's,"
+            " which does not replay vLLM's sampling mask; sharpen with rollout.temperature"
+        )
+    return value
 
 
 # A leading ~ is expanded; relative paths count from the current directory.
@@ -123,6 +134,13 @@ class Run(Section):
     log: LogConfig = LogConfig()
 
 
+class MemoryConfig(Section):
+    """What leaves the accelerator between the phases of a step (docs/bridge.md, "Memory phases")."""
+
+    # frozen: reference and reward models wait in host memory. all: so do weights, optimizer and gradients while a phase does without them.
+    offload: Literal["auto", "none", "frozen", "all"] = "auto"  # auto: all on a GPU host (frozen: generators elsewhere), none on a CPU
+
+
 class PromptData(Section):
     """A JSONL file of prompts, one object a line, with `prompt` (text) or `messages`, and `answer` where a verifier needs one."""
 
@@ -137,6 +155,9 @@ class PromptData(Section):
 class RolloutConfig(Section):
     """How responses are sampled by vLLM."""
 
+    placement: Literal["colocated", "separate", "remote"] = "colocated"  # in the trainer's processes, beside them on its nodes, elsewhere
+    replicas: NotNegative = 0  # generators: separate: on each node (0: one); remote: in all, brought by megarl.rollout.worker --join
+    listen: Annotated[str, Field(min_length=1)] = "127.0.0.1"  # remote: address of the first node that generators connect to
     tensor_parallel: Positive = 1  # tensor-parallel ranks a generator replica
     prompts_per_step: Positive = 64
     samples_per_prompt: Positive = 1
@@ -145,7 +166,10 @@ class RolloutConfig(Section):
     kv_cache_bytes: NotNegative = 0  # a rank, for vLLM's KV cache; 0: a part of the GPU (gpu_memory_fraction) or 256 MiB on a CPU
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     eager: bool = False  # True: no CUDA graphs
-    parity_tolerance: Annotated[float, Field(gt=0)] = 0.2  # largest mean |rollout - trainer log-prob| of a step before the run stops
+    top_p: Annotated[float, AfterValidator(partial(_whole_distribution, neutral=(1.0,)))] = 1.0
+    top_k: Annotated[int, AfterValidator(partial(_whole_distribution, neutral=(0, -1)))] = 0
+    parity_tolerance: Annotated[float, Field(gt=0)] | None = None  # largest mean |rollout - trainer log-prob|; null: by precision
+    digest_every_syncs: NotNegative = 50  # every so many weight syncs each slice is compared at both ends, as in the first two; 0: never
 
 
 class RewardPart(Section):
@@ -166,6 +190,15 @@ class KlConfig(Section):
     horizon: Positive = 10000  # sequences
 
 
+class CorrectionConfig(Section):
+    """The policy loss times w, trainer's over sampler's probability of what was sampled (semantics section 3). `low` is for mask alone."""
+
+    kind: Literal["none", "tis", "mask"] = "none"  # tis: min(w, high); mask: w, but 0 outside low to high
+    level: Literal["token", "sequence"] = "token"  # w of each token, or of the whole response (their product)
+    low: Annotated[float, Field(ge=0)] = 0.5
+    high: Annotated[float, Field(gt=0)] = 2.0
+
+
 class PpoConfig(Section):
     """The algorithm (semantics sections 1 to 4 and 6)."""
 
@@ -184,6 +217,7 @@ class PpoConfig(Section):
     critic_warmup_steps: NotNegative = 0
     reward_clip: Annotated[float, Field(gt=0)] | None = None
     bootstrap_truncated: bool = False
+    correction: CorrectionConfig = CorrectionConfig()
     kl: KlConfig = KlConfig()
 
 
@@ -205,6 +239,7 @@ class PpoRun(Run):
     data: PromptData
     rollout: RolloutConfig
     ppo: PpoConfig
+    memory: MemoryConfig = MemoryConfig()
     eval: EvalConfig | None = None
 
 

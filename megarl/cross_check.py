@@ -14,6 +14,7 @@ from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
 
 LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert", "cluster")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 VLLM_VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to this before it cuts it over its tensor-parallel ranks
 
 
@@ -28,7 +29,8 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
     replica = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
     data = world_size // replica if world_size % replica == 0 else None
     if isinstance(run, PpoRun):
-        faults += [*_generation(run, world_size, specs), *_rewards(run), *_vocabularies(specs), *_kl(run), *_ppo_batch(run, data)]
+        faults += [*_generation(run, world_size, specs), *_placement(run), *_rewards(run), *_vocabularies(specs), *_kl(run)]
+        faults += [*_correction(run), *_ppo_batch(run, data)]
     elif isinstance(run, SftRun | RewardRun):
         faults += [*_lesson(run), *_lesson_batch(run, data)]
     return faults
@@ -57,7 +59,7 @@ def smallest_world(run: Run) -> int:
     """The smallest number of ranks that the layout of a run fits."""
     parallel = run.parallel
     replica = parallel.tensor * parallel.pipeline * parallel.context
-    generator = run.rollout.tensor_parallel if isinstance(run, PpoRun) else 1
+    generator = run.rollout.tensor_parallel if isinstance(run, PpoRun) and run.rollout.placement == "colocated" else 1
     return math.lcm(replica, generator, parallel.pipeline * parallel.expert)
 
 
@@ -161,7 +163,7 @@ def _tensor_fits(knob: str, tensor: int, model: str, spec: ModelSpec) -> Iterato
 
 def _generation(run: PpoRun, world_size: int, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
     tensor, knob = run.rollout.tensor_parallel, "rollout.tensor_parallel"
-    if world_size % tensor:
+    if run.rollout.placement == "colocated" and world_size % tensor:
         text = f"{knob}: found {tensor}; expected a divisor of the world of {world_size} ranks: {divisors(world_size)}"
         yield Fault((knob, "cluster"), text)
     if "actor" in specs:
@@ -170,6 +172,29 @@ def _generation(run: PpoRun, world_size: int, specs: Mapping[str, ModelSpec]) ->
         if padded % tensor:
             text = f"{knob}: found {tensor}; expected a divisor of the actor's padded vocabulary of {padded} tokens"
             yield Fault((knob, *_named("actor")), text)
+
+
+def _placement(run: PpoRun) -> Iterator[Fault]:
+    """What only generators of their own need, and what they cannot do without."""
+    placement, replicas, listen = run.rollout.placement, run.rollout.replicas, run.rollout.listen
+    keys = ("rollout.replicas", "rollout.placement")
+    if placement == "colocated" and replicas:
+        text = f"rollout.replicas: found {replicas} with rollout.placement colocated; expected 0: there are as many generators as fit the"
+        yield Fault(keys, f"{text} ranks (world / rollout.tensor_parallel), or rollout.placement separate or remote")
+    if placement == "remote" and not replicas:
+        yield Fault(keys, "rollout.replicas: found 0 with rollout.placement remote; expected how many generators will join")
+    if placement != "colocated" and run.cluster is not None and run.cluster.nodes > 1 and listen in LOOPBACK:
+        text = f"rollout.listen: found {listen} with rollout.placement {placement} on {run.cluster.nodes} nodes; expected an address of the"
+        yield Fault(("rollout.listen", "rollout.placement", "cluster.nodes"), f"{text} first node that the others reach")
+
+
+def num_generators(run: PpoRun, world_size: int) -> int:
+    """Generator replicas of a run."""
+    if run.rollout.placement == "colocated":
+        return world_size // run.rollout.tensor_parallel
+    if run.rollout.placement == "remote":
+        return run.rollout.replicas
+    return max(1, run.rollout.replicas) * (run.cluster.nodes if run.cluster is not None else 1)
 
 
 def _lengths(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
@@ -244,6 +269,13 @@ def _kl(run: PpoRun) -> Iterator[Fault]:
     if 5 * kl.horizon <= sequences:
         text = f"ppo.kl.horizon: found {kl.horizon}; expected more than {sequences // 5}, a fifth of the {sequences} sequences a step"
         yield Fault(("ppo.kl.horizon", "ppo.kl.target", "rollout.prompts_per_step"), text)
+
+
+def _correction(run: PpoRun) -> Iterator[Fault]:
+    correction, knob = run.ppo.correction, "ppo.correction"
+    if correction.kind == "mask" and correction.low >= correction.high:
+        text = f"found {correction.low:g} with {knob}.high {correction.high:g}; expected less: every weight would be 0"
+        yield Fault((f"{knob}.low", f"{knob}.high"), f"{knob}.low: {text}")
 
 
 def _divides(name: str, size: int, parts: int, words: str, keys: tuple[str, ...]) -> Iterator[Fault]:

@@ -32,7 +32,7 @@ GEMMA3 = {
     "head_dim": 24,
     "query_pre_attn_scalar": 20,
     "rope_parameters": {
-        "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     },
     "bos_token_id": 2,

@@ -6,6 +6,7 @@ group. A generator samples again only when every process of every generator has 
 
 import os
 import secrets
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,18 +15,20 @@ from torch import Tensor
 
 from megarl.bridge.boxes import box_text
 from megarl.bridge.joint import JointGroup, Meeting, process_name, reserve
-from megarl.bridge.plan import Op, WeightPlan
+from megarl.bridge.plan import Op, Outline, WeightPlan
 from megarl.bridge.ring import RingWriter
 from megarl.bridge.sync import DEFAULT_BUCKET_BYTES, RankEnds, SourcePiece, WeightReceiver, WeightSync
 from megarl.bridge.transport import BufferedTransport
 from megarl.bridge.verify import NAMED, digest
-from megarl.bridge.wires import Delivery, JointWire, RingWire, SyncWire, rounds_to
+from megarl.bridge.wires import Delivery, JointWire, RingWire, SyncWire
 from megarl.errors import MegarlError, RolloutError
 from megarl.parallel import device
 from megarl.parallel.collectives import Group, agree, broadcast_json, exchange_rows, gather_json, together
 from megarl.parallel.layout import ParallelLayout
 
+Rounds = tuple[tuple[Op, ...], ...]
 SLOT_BYTES = 16 << 20  # a part of a message; larger slots save nothing
+WIND_UP_S = 10.0  # for generators to say what they know of a sync that has failed
 
 
 class SeparateReceiver(WeightReceiver, Protocol):
@@ -65,6 +68,8 @@ class SeparateSync(WeightSync):
         self.host, self.always_joint = host, always_joint
         self.wire: SyncWire | None = None
         self._hosts: list[str] = []
+        self._rounds: dict[int, Rounds] = {}  # of each generator process this rank speaks for, by its rank in the plan
+        self._is_broken = False
 
     def _everyone(self, description: dict) -> list[dict]:
         """The trainer's ranks, then the generators' processes by their numbers."""
@@ -75,10 +80,19 @@ class SeparateSync(WeightSync):
         self._hosts = [rank["host"] for rank in everyone]
         return everyone
 
+    def _write_out(self, outline: Outline) -> WeightPlan:
+        ranks = [self.layout.world_size + number for number in self.engine.process_numbers]
+        self._rounds = {rank: outline.write_out(rank).rounds for rank in ranks}
+        return super()._write_out(outline)
+
     def _digests(self, plan: WeightPlan) -> "GeneratorDigests":
-        return GeneratorDigests(plan, self.layout, self.engine.process_numbers, self.engine.tensor)
+        return GeneratorDigests(plan, self._rounds, self.layout, self.engine.tensor)
 
     def _run(self, plan: WeightPlan, pieces: list[SourcePiece], digests: "GeneratorDigests | None") -> None:
+        if self._is_broken:
+            raise RolloutError(
+                "an earlier weight sync lost a generator or a rank; start the run again: it continues from its last checkpoint"
+            )
         if self.wire is None:
             self.wire = self._open(plan)
             self.transport = BufferedTransport(self.layout.rank, self.engine.dtype, device.device(), self.wire)
@@ -94,48 +108,45 @@ class SeparateSync(WeightSync):
             self.wire.close()  # whoever waits for this rank learns of it
         told: list[list[int]] = []
         try:
-            told = [answer["digests"] for answer in self.engine.wait_for(questions, self.timeout_s)]
+            patience_s = min(self.timeout_s, WIND_UP_S) if fault else self.timeout_s
+            told = [answer["digests"] for answer in self.engine.wait_for(questions, patience_s)]
         except MegarlError as error:
             fault = RolloutError(f"{fault}; {error}") if fault else error
             self.wire.close()
+        self._is_broken = True  # unless everybody agrees that nothing went wrong
         agree(fault, self._group)
+        self._is_broken = False
         if digests is not None:
             digests.told = told
 
     # --- wires ---
 
     def _open(self, plan: WeightPlan) -> SyncWire:
-        pairs = sorted({(op.source_rank, op.target_rank) for op in plan.ops})
-        is_on_one_host = all(self._hosts[source] == self._hosts[target] for source, target in pairs)
-        return self._open_group(plan) if self.always_joint or not is_on_one_host else self._open_rings(plan, pairs)
+        is_abroad = any(self._hosts[op.source_rank] != self._hosts[op.target_rank] for op in plan.ops)
+        needs_group = self.always_joint or any(gather_json(is_abroad, self._group))
+        return self._open_group() if needs_group else self._open_rings(plan)
 
-    def _deliveries(self, plan: WeightPlan, rings: dict[tuple[int, int], str], meeting: Meeting | None) -> list[dict]:
-        """The JSON forms of the deliveries of the processes that this rank speaks for."""
-        first = self.layout.world_size
-        return [
-            Delivery(
-                first + number,
-                rounds_to(plan, first + number),
-                {source: name for (source, target), name in rings.items() if target == first + number},
-                meeting,
-            ).to_json()
-            for number in self.engine.process_numbers
-        ]
+    def _ask_to_connect(self, key: str, meeting: Meeting | None) -> list:
+        """Tell the processes this rank speaks for what they will receive; with `key`, through rings of that name."""
+        deliveries = []
+        for rank, rounds in self._rounds.items():
+            sources = sorted({op.source_rank for ops in rounds for op in ops}) if key else ()
+            rings = {source: _ring_name(key, source, rank) for source in sources}
+            deliveries.append(Delivery(rank, rounds, rings, meeting).to_json())
+        return self.engine.ask_to_connect(deliveries, self.timeout_s)
 
-    def _open_rings(self, plan: WeightPlan, pairs: Sequence[tuple[int, int]]) -> RingWire:
+    def _open_rings(self, plan: WeightPlan) -> RingWire:
         key = broadcast_json(f"megarl-{os.getpid()}-{secrets.token_hex(6)}", 0, self._group)
-        names = {(source, target): f"{key}-{source}-{target}" for source, target in pairs}
         largest = max((op.num_elements for op in plan.ops), default=1) * self.engine.dtype.itemsize
         size = -(-min(SLOT_BYTES, self.bucket_bytes, max(largest, 1 << 16)) // 64) * 64
-        mine = {target: name for (source, target), name in names.items() if source == self.layout.rank}
         writers: dict[int, RingWriter] = {}
 
         def create() -> None:
-            for target, name in mine.items():
-                writers[target] = RingWriter(name, size, self._name(target))
+            for target in sorted({op.target_rank for op in plan.ops}):
+                writers[target] = RingWriter(_ring_name(key, self.layout.rank, target), size, self._name(target))
 
         def connect() -> None:
-            self.engine.wait_for(self.engine.ask_to_connect(self._deliveries(plan, names, None), self.timeout_s), self.timeout_s)
+            self.engine.wait_for(self._ask_to_connect(key, None), self.timeout_s)
 
         try:
             together(create, self._group)
@@ -146,13 +157,13 @@ class SeparateSync(WeightSync):
                 writer.unlink()
         return RingWire(writers)
 
-    def _open_group(self, plan: WeightPlan) -> JointWire:
+    def _open_group(self) -> JointWire:
         listening, port = reserve(self.host) if self.layout.rank == 0 else (None, 0)
         port = broadcast_json(port, 0, self._group)
         meeting = Meeting(self.host, port, self.layout.world_size, len(self._hosts) - self.layout.world_size, self.engine.tensor)
 
         def join() -> JointGroup:
-            questions = self.engine.ask_to_connect(self._deliveries(plan, {}, meeting), self.timeout_s)
+            questions = self._ask_to_connect("", meeting)
             joined = JointGroup(meeting, self.layout.rank, self.timeout_s, listening)
             self.engine.wait_for(questions, self.timeout_s)
             return joined
@@ -166,10 +177,13 @@ class SeparateSync(WeightSync):
 class GeneratorDigests:
     """Digests of one sync whose slices all arrive in generators, which tell theirs to the rank that speaks for them."""
 
-    def __init__(self, plan: WeightPlan, layout: ParallelLayout, process_numbers: Sequence[int], tensor: int):
+    def __init__(self, plan: WeightPlan, rounds: dict[int, Rounds], layout: ParallelLayout, tensor: int):
         self.told: list[list[int]] = []  # of each process this rank speaks for, in the order of what it received
-        self._plan, self._layout, self._tensor = plan, layout, tensor
-        self._spoken_for = [layout.world_size + number for number in process_numbers]
+        self._layout, self._tensor = layout, tensor
+        self._ending = {target: [op for ops in several for op in ops] for target, several in rounds.items()}
+        self._starting: dict[int, list[Op]] = defaultdict(list)
+        for op in plan.ops:
+            self._starting[op.target_rank].append(op)
         self._sent: dict[Op, int] = {}
 
     def sent(self, op: Op, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -178,16 +192,15 @@ class GeneratorDigests:
 
     def compare(self, group: Group) -> None:
         """Raises `RolloutError` on all ranks, naming the copies whose two ends differ (the first eight)."""
-        speakers = gather_json(self._spoken_for, group)
-        ops = [op for target in self._spoken_for for op in self._ending(target)]
+        speakers = gather_json(list(self._ending), group)
+        sources = torch.tensor([op.source_rank for ops in self._ending.values() for op in ops], dtype=torch.int64, device=device.device())
         told = torch.tensor([value for process in self.told for value in process], dtype=torch.int64, device=device.device())
-        sources = torch.tensor([op.source_rank for op in ops], dtype=torch.int64, device=device.device())
         arrived = exchange_rows({"digests": told}, sources, group)["digests"].tolist()
-        mine = [op for targets in speakers for target in targets for op in self._ending(target) if op.source_rank == self._layout.rank]
+        mine = [op for targets in speakers for target in targets for op in self._starting[target]]
         wrong = [op for op, value in zip(mine, arrived, strict=True) if self._sent[op] != value]
         first = self._layout.world_size
         named = [
-            f"{op.hf_name} {box_text(op.box)} from rank {op.source_rank} to generator process {op.target_rank - first}"
+            f"{op.hf_name} {box_text(op.box)} from rank {op.source_rank} to {process_name(op.target_rank - first, self._tensor)}"
             for op in wrong[:NAMED]
         ]
         found = gather_json([len(mine), len(wrong), named], group)
@@ -196,5 +209,6 @@ class GeneratorDigests:
             count, total = sum(rank[1] for rank in found), sum(rank[0] for rank in found)
             raise RolloutError(f"{count} of {total} weight slices arrived in the sampler altered: {'; '.join(names[:NAMED])}")
 
-    def _ending(self, target: int) -> list[Op]:
-        return [op for op in self._plan.ops if op.target_rank == target]
+
+def _ring_name(key: str, source: int, target: int) -> str:
+    return f"{key}-{source}-{target}"

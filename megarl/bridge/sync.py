@@ -1,8 +1,9 @@
 """Moves the actor's weights into the sampler after every update."""
 
+import itertools
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,14 +11,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megarl.bridge.plan import Box, Op, TargetBox, WeightPlan, make_plan, within
-from megarl.bridge.transport import SameProcessTransport, Transport
+from megarl.bridge.plan import Box, Op, Outline, TargetBox, WeightPlan, make_outline, within
+from megarl.bridge.transport import BufferedTransport, GroupWire, Transport
 from megarl.bridge.verify import Digests
 from megarl.parallel import device, groups
-from megarl.parallel.collectives import gather_json, sum_over
+from megarl.parallel.collectives import gather_json, meet, sum_over
 from megarl.parallel.layout import ParallelLayout
 
 DEFAULT_BUCKET_BYTES = 256 << 20
+_serials = itertools.count()  # of the syncs of a process: equal on all ranks
 
 
 class SourcePiece(Protocol):
@@ -42,6 +44,7 @@ class WeightReceiver(Protocol):
 
     def begin_update(self) -> None: ...
     def target(self, parameter: str) -> Tensor: ...
+    def is_live(self, parameter: str) -> bool: ...
     def finish_parameters(self, parameters: Sequence[str]) -> None: ...
     def end_update(self, version: int) -> None: ...
 
@@ -61,30 +64,43 @@ class SyncReport:
 class WeightSync:
     """Pushes weights from the trainer's pieces into the sampler, by a plan made once.
 
-    Every rank of the world creates it and calls `push`. Args: `verify_first` syncs compare digests of every slice at both ends
-    (several times slower than the sync itself on a CPU), later ones trust the plan; `bucket_bytes` bounds the extra memory of a rank
+    Every rank of the world creates it and calls `push`. Args: the first `verify_first` syncs and each `verify_every`-th (0: no others)
+    compare digests of every slice at both ends, the rest trust the plan; `bucket_bytes` bounds the extra memory of a rank
     to twice that for sends and receives.
     """
 
-    def __init__(self, engine: WeightReceiver, layout: ParallelLayout, *, bucket_bytes: int = DEFAULT_BUCKET_BYTES, verify_first: int = 2):
-        self.engine, self.layout = engine, layout
-        self.bucket_bytes, self.verify_first = bucket_bytes, verify_first
-        self.transport: Transport = SameProcessTransport(layout.rank, engine.dtype, device.device())
+    def __init__(
+        self,
+        engine: WeightReceiver,
+        layout: ParallelLayout,
+        *,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        verify_first: int = 2,
+        verify_every: int = 0,
+        timeout_s: float = 600.0,
+    ):
+        self.engine, self.layout, self.timeout_s = engine, layout, timeout_s
+        self.bucket_bytes, self.verify_first, self.verify_every = bucket_bytes, verify_first, verify_every
+        self.transport: Transport = BufferedTransport(layout.rank, engine.dtype, device.device(), GroupWire())
         self.num_syncs = 0
         self._plan: WeightPlan | None = None
         self._planned_pieces: list[tuple[str, Box]] = []
         self._group = groups.group(layout, "world")
+        self._serial, self._num_pushes = next(_serials), 0
 
     def push(self, owner: WeightOwner, version: int) -> SyncReport:
         """Make the sampler draw from `owner`'s weights, called version `version`. Every rank calls it.
 
-        Raises `WeightMapError` when trainer and sampler disagree about a tensor, `RolloutError` when a slice arrives altered.
+        Raises `WeightMapError` when trainer and sampler disagree about a tensor, `RolloutError` when a slice arrives altered or when
+        a rank does not come; then the sampler has no version and generates nothing until a later push succeeds.
         """
         start = time.perf_counter()
+        self._num_pushes += 1
+        meet(f"weight sync {self._num_pushes}", self._group, self.timeout_s, key=f"sync/{self._serial}/{self._num_pushes}")
         pieces = list(owner.pieces)
         plan = self._plan_for(pieces)
         self.engine.begin_update()
-        digests = Digests(plan.ops, device.device()) if self.num_syncs < self.verify_first else None
+        digests = self._digests(plan) if self._is_verified() else None
         self._run(plan, pieces, digests)
         if digests is not None:
             digests.compare(self._group)
@@ -92,6 +108,10 @@ class WeightSync:
         self.num_syncs += 1
         device.synchronize()
         return self._report(plan, version, time.perf_counter() - start)
+
+    def _is_verified(self) -> bool:
+        is_due = self.verify_every > 0 and (self.num_syncs + 1) % self.verify_every == 0
+        return is_due or self.num_syncs < self.verify_first
 
     def _plan_for(self, pieces: list[SourcePiece]) -> WeightPlan:
         held = [(piece.hf_name, piece.box) for piece in pieces]
@@ -101,49 +121,74 @@ class WeightSync:
         # A first message between two ranks of a NCCL group must not be a point-to-point one that leaves other ranks out.
         sum_over(torch.zeros(1, device=device.device()), self._group)
         wanted = [(box.hf_name, box.hf_box, box.parameter, box.parameter_box) for box in self.engine.targets]
-        everyone = gather_json({"held": held, "wanted": wanted, "host": socket.gethostname()}, self._group)
+        everyone = self._everyone({"held": held, "wanted": wanted, "host": socket.gethostname()})
         hosts = [rank["host"] for rank in everyone]
-        self._plan = make_plan(
+        outline = make_outline(
             [[(name, _box(box)) for name, box in rank["held"]] for rank in everyone],
             [[TargetBox(name, _box(box), parameter, _box(inner)) for name, box, parameter, inner in rank["wanted"]] for rank in everyone],
             bucket_bytes=self.bucket_bytes,
             element_bytes=self.engine.dtype.itemsize,
             node_of=lambda rank: hosts.index(hosts[rank]),
         )
-        self._planned_pieces = held
+        self._plan, self._planned_pieces = self._write_out(outline), held
         return self._plan
 
+    def _write_out(self, outline: Outline) -> WeightPlan:
+        """This rank's part of the plan."""
+        return outline.write_out(self.layout.rank)
+
+    def _everyone(self, description: dict) -> list[dict]:
+        """What each rank of the plan holds and wants. Every rank calls it with its own."""
+        return gather_json(description, self._group)
+
+    def _digests(self, plan: WeightPlan) -> Digests:
+        return Digests(plan.ops, self.layout.rank, device.device())
+
     def _run(self, plan: WeightPlan, pieces: list[SourcePiece], digests: Digests | None) -> None:
-        rank, targets = self.layout.rank, self.engine.targets
-
-        def read(op: Op) -> Tensor:
-            piece = pieces[op.source_index]
-            return piece.view.detach()[within(op.box, piece.box)]
-
-        def write(op: Op) -> Tensor:
-            wanted = targets[op.target_index]
-            return slice_of_parameter(self.engine.target(wanted.parameter), wanted, op.box)
-
-        waiting = Counter(targets[op.target_index].parameter for op in plan.ops if op.target_rank == rank)
-        for bucket in plan.buckets:
-            self.transport.run(bucket, read, write)
-            arrived = [op for op in bucket if op.target_rank == rank]
-            if digests is not None:
-                for op in bucket:
-                    if op.source_rank == rank:
-                        digests.sent(op, read(op).to(self.engine.dtype))
-                for op in arrived:
-                    digests.arrived(op, write(op))
-            landed = Counter(targets[op.target_index].parameter for op in arrived)
-            waiting -= landed
-            self.engine.finish_parameters([parameter for parameter in landed if parameter not in waiting])
+        self.transport.run(plan.rounds, RankEnds(self.engine, self.layout.rank, plan.ops, pieces, digests))
 
     def _report(self, plan: WeightPlan, version: int, seconds: float) -> SyncReport:
         rank, size = self.layout.rank, self.engine.dtype.itemsize
         local = sum(op.num_elements for op in plan.ops if op.is_local and op.target_rank == rank)
         received = sum(op.num_elements for op in plan.ops if not op.is_local and op.target_rank == rank)
         sent = sum(op.num_elements for op in plan.ops if not op.is_local and op.source_rank == rank)
-        return SyncReport(version, seconds, local * size, received * size, sent * size, len(plan.buckets))
+        return SyncReport(version, seconds, local * size, received * size, sent * size, len(plan.rounds))
+
+
+class RankEnds:
+    """One rank's side of one sync: `transport.Ends`."""
+
+    def __init__(self, engine: WeightReceiver, rank: int, ops: Sequence[Op], pieces: Sequence[SourcePiece], digests: Digests | None):
+        self.engine, self.pieces, self.digests = engine, pieces, digests
+        self.targets = engine.targets
+        self.missing = Counter(self._parameter(op) for op in ops if op.target_rank == rank)
+        self.landed_ops: dict[str, list[Op]] = defaultdict(list)
+
+    def _parameter(self, op: Op) -> str:
+        return self.targets[op.target_index].parameter
+
+    def read(self, op: Op) -> Tensor:
+        piece = self.pieces[op.source_index]
+        part = piece.view.detach()[within(op.box, piece.box)]
+        if self.digests is not None:
+            self.digests.sent(op, part, self.engine.dtype)
+        return part
+
+    def write(self, op: Op) -> Tensor:
+        return slice_of_parameter(self.engine.target(self._parameter(op)), self.targets[op.target_index], op.box)
+
+    def is_live(self, op: Op) -> bool:
+        return self.engine.is_live(self._parameter(op))
+
+    def landed(self, op: Op) -> None:
+        parameter = self._parameter(op)
+        self.landed_ops[parameter].append(op)
+        self.missing[parameter] -= 1
+        if self.missing[parameter] == 0:
+            if self.digests is not None:  # at the last moment: a slice that later ones overwrote shows too
+                for landed in self.landed_ops.pop(parameter):
+                    self.digests.arrived(landed, self.write(landed))
+            self.engine.finish_parameters([parameter])
 
 
 def slice_of_parameter(parameter: Tensor, wanted: TargetBox, box: Box) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megarl.bridge.joint import JointGroup, Meeting
-from megarl.bridge.plan import Op, WeightPlan
+from megarl.bridge.plan import Op
 from megarl.bridge.ring import RingReader, RingWriter
 from megarl.bridge.transport import Pending, Wire
 
@@ -48,11 +48,6 @@ class Delivery:
     def ops(self) -> tuple[Op, ...]:
         """Every slice that arrives here, in order."""
         return tuple(op for ops in self.rounds for op in ops)
-
-
-def rounds_to(plan: WeightPlan, rank: int) -> tuple[tuple[Op, ...], ...]:
-    """The ops of `plan` that end on `rank`, round by round."""
-    return tuple(tuple(op for op in ops if op.target_rank == rank) for ops in plan.rounds)
 
 
 class SyncWire(Wire, Protocol):

@@ -1,4 +1,4 @@
-"""An experience in numbers: rewards, KL, lengths, credit, the critic's fit and the sampler's agreement with the trainer.
+"""An experience in numbers: rewards, KL, lengths, credit and the critic's fit.
 
 Axis letters: B sequences of one data-parallel replica, T tokens of the padded batch.
 """
@@ -21,7 +21,6 @@ def describe(experience: Experience, kl_estimator: Estimator | None, kl_coef: fl
     """
     mask = experience.response_mask
     lengths = mask.sum(1)
-    gap = (experience.rollout_logprobs - experience.old_logprobs)[mask].abs()
     values, returns, advantages = (t[mask] for t in (experience.values, experience.returns, experience.advantages))
     return Metrics(
         {
@@ -36,7 +35,6 @@ def describe(experience: Experience, kl_estimator: Estimator | None, kl_coef: fl
             **_mean_and_std("return", returns),
             **_mean_and_std("value", values),
             "value/explained_variance": ExplainedVariance.of(values, returns),
-            "rollout/logprob_gap": mean_of(gap),
         }
     )
 

@@ -1,7 +1,7 @@
 """The families megarl knows, and the way from a Hugging Face directory to a `ModelSpec`. Pure: no torch, no Megatron.
 
-To add a family, write one file like `qwen3.py`: a config translation, and a weight table where neither `dense_decoder` nor
-`sparse_decoder` serves; then list it in `FAMILIES`.
+To add a family, write one file like `mistral.py`: a config translation, and a weight table where neither `dense_decoder` nor
+`sparse_decoder` serves; then list it in `FAMILIES` (docs/adding_a_model.md).
 """
 
 import json
@@ -61,7 +61,8 @@ def spec_from_hf_config(values: dict[str, Any], where: str = "hf_config") -> Mod
     kind, architectures = values.get("model_type"), values.get("architectures") or []
     if kind not in FAMILIES:
         raise WeightMapError(
-            f"{where}: model_type is {kind!r}; megarl has tables for {', '.join(FAMILIES)} (a new family is one file in megarl/models)"
+            f"{where}: model_type is {kind!r}; megarl has tables for {', '.join(FAMILIES)}:"
+            " to add one, a file in megarl/models, see docs/adding_a_model.md"
         )
     family = FAMILIES[kind]
     unknown = [name for name in architectures if name not in family.architectures]

@@ -9,7 +9,10 @@ from megarl.errors import WeightMapError
 from megarl.models.decoder_table import ExpertNames, dense_decoder, sparse_decoder
 from megarl.models.spec import Mixture, ModelSpec, Window
 
-LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SCALINGS = {  # of rotary frequencies: kind and its numbers
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class HfConfig:
         return Window(size, (True,) * dense.num_layers) if size < dense.max_positions else None
 
     def rope(self, default_theta: float = 10000.0) -> tuple[float, dict[str, Any] | None]:
-        """(theta, Llama 3 scaling or None), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+        """(theta, scaling or None), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
         parameters = self.values.get("rope_parameters")
         key = "rope_parameters" if parameters else "rope_scaling"
         parameters = parameters or self.values.get("rope_scaling") or {}
@@ -98,12 +101,12 @@ class HfConfig:
             raise WeightMapError(f"{self.where}: {key}.partial_rotary_factor is set; megarl rotates whole heads")
         if kind == "default":
             return theta, None
-        if kind != "llama3":
-            raise WeightMapError(f"{self.where}: {key} is of type {kind!r}; megarl computes 'default' and 'llama3'")
-        missing = [name for name in LLAMA3_SCALING if not isinstance(parameters.get(name), int | float)]
+        if kind not in SCALINGS:
+            raise WeightMapError(f"{self.where}: {key} is of type {kind!r}; megarl computes 'default', 'linear' and 'llama3'")
+        missing = [name for name in SCALINGS[kind] if not isinstance(parameters.get(name), int | float)]
         if missing:
-            raise WeightMapError(f"{self.where}: {key} of type llama3 lacks {', '.join(missing)}")
-        return theta, {name: parameters[name] for name in LLAMA3_SCALING}
+            raise WeightMapError(f"{self.where}: {key} of type {kind} lacks {', '.join(missing)}")
+        return theta, {name: parameters[name] for name in SCALINGS[kind]}
 
     def dense_decoder(
         self,

@@ -16,6 +16,7 @@ from megarl.models.replica import Replica, packing_of
 from megarl.parallel import device, groups, pipeline
 from megarl.parallel.collectives import gather_json, sum_over
 from megarl.parallel.layout import ParallelLayout
+from megarl.parallel.memory import Movable, storages_of
 
 device.prepare()
 
@@ -49,6 +50,11 @@ class Learner(Replica):
         self._optimizer = megatron_optimizer.get_megatron_optimizer(
             _megatron_config(optimizer, parallel, precision), self.chunks, use_gloo_process_groups=False
         )
+        self.movables = {
+            "weights": Movable(self.weights),
+            "gradients": Movable(self.gradients, "scratch"),
+            "optimizer": Movable(self.optimizer_state),
+        }
 
     def step(self, batch: Any, head: pipeline.Head, loss_function: pipeline.LossFunction) -> Metrics:
         """One optimizer step on `batch`, this data-parallel rank's share of the minibatch; every rank of the world calls.
@@ -83,6 +89,19 @@ class Learner(Replica):
     def refresh_main_params(self) -> None:
         """Copies the model's weights into the optimizer's float32 copies, after the weights were written from outside."""
         self._optimizer.reload_model_params()
+
+    def gradients(self) -> list[Tensor]:
+        """The buffers that gradients are summed up in; every `step` begins by zeroing them."""
+        return [buffer.grad_data for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+    def optimizer_state(self) -> list[Tensor]:
+        """Adam's moments where they exist already, and float32 copies of weights that the model keeps in another dtype."""
+        weights = set(storages_of(self.weights()))
+        found = []
+        for _, group, inner in self._groups():
+            for param in group["params"]:
+                found += [param.data, *(state for key in ("exp_avg", "exp_avg_sq") if (state := inner.state[param].get(key)) is not None)]
+        return [tensor for tensor in found if not weights & storages_of([tensor]).keys()]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Live tensors of this rank's optimizer state: `<optimizer>.<group>.<param>.exp_avg`, `.exp_avg_sq`, and `.main` for

@@ -35,6 +35,10 @@ class Replica:
         """The rank that stands where this one does, on the last pipeline stage."""
         return self.layout.ranks_along("pp")[-1]
 
+    def weights(self) -> list[Tensor]:
+        """The parameters of this rank's chunks."""
+        return [parameter.data for chunk in self.chunks for parameter in chunk.parameters()]
+
     def microbatches(self, batch: Any) -> Microbatches:
         """`batch` cut for this replica's pipeline, on its device. Every rank of the world calls it where replicas share experts.
 

@@ -1,4 +1,4 @@
-"""Rotary frequencies: scaled as Llama 3's, or of two kinds for layers that look far and near."""
+"""Rotary frequencies: scaled linearly or as Llama 3's, and of two kinds where layers look far and near."""
 
 import math
 
@@ -9,7 +9,7 @@ from megarl.models.spec import ModelSpec
 
 
 def rotary_frequencies(spec: ModelSpec) -> Tensor:
-    """Radians a position of each pair of a head, f32[head_dim / 2] (Su et al. 2021), scaled as the Llama 3.1 release does.
+    """Radians a position of each pair of a head, f32[head_dim / 2] (Su et al. 2021), divided by a factor or scaled as Llama 3.1 does.
 
     Llama 3 keeps short waves, divides the frequency of long ones by `factor`, and blends in between. Where local layers have a base of
     their own, f32[head_dim]: those of the other layers, then theirs; `frequencies_of_layer` takes them apart again.
@@ -33,6 +33,8 @@ def _scaled(spec: ModelSpec, frequencies: Tensor) -> Tensor:
     if spec.rope_scaling is None:
         return frequencies
     scaling = spec.rope_scaling
+    if "low_freq_factor" not in scaling:
+        return frequencies / scaling["factor"]
     waves_in_context = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((waves_in_context - low) / (high - low)).clamp(0.0, 1.0)

@@ -100,7 +100,7 @@ class ModelSpec:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict[str, Any] | None  # None, or the four numbers of Llama 3's scaling
+    rope_scaling: dict[str, Any] | None  # None, a `factor` for all frequencies, or the four numbers of Llama 3's scaling
     tied: bool  # the vocabulary head is the embedding
     qkv_bias: bool
     qk_norm: bool  # RMSNorm of every query and key head

@@ -80,6 +80,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def release_cached_memory() -> None:
+    """Give memory that torch keeps for later tensors back to the GPU: vLLM takes its own from the driver."""
+    if is_cuda():
+        torch.cuda.empty_cache()
+
+
 @functools.cache
 def prepare() -> None:
     """Make Megatron-Core importable and runnable on this host. Idempotent; call it before importing Megatron-Core."""

@@ -11,10 +11,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megarl.config import PpoConfig
-from megarl.errors import RolloutError
 from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
 from megarl.ppo.advantages import gae, token_rewards, whiten
@@ -67,21 +65,3 @@ def _sum_over_rows(tensor: Tensor, layout: ParallelLayout) -> Tensor:
     for axis in ("dp", "pp"):
         tensor = collectives.sum_over(tensor, groups.group(layout, axis))
     return tensor
-
-
-def check_parity(rollout: RolloutBatch, old_logprobs: Tensor, tolerance: float, group: ProcessGroup) -> None:
-    """Stops the run when sampler and trainer disagree about the tokens just sampled. Called by every rank of the data-parallel group.
-
-    Compares the mean |rollout_logprobs - old_logprobs| over all response tokens of the step with `tolerance` (nats).
-    Raises `RolloutError` on all ranks alike. The same number is logged as `rollout/logprob_gap`.
-    """
-    mask = rollout.response_mask
-    gap = torch.where(mask, rollout.rollout_logprobs - old_logprobs, 0.0).abs()
-    total, tokens = collectives.sum_over(torch.stack([gap.double().sum(), mask.sum().double()]), group).tolist()
-    mean = total / max(tokens, 1.0)
-    if not mean <= tolerance:  # also when it is not a number
-        raise RolloutError(
-            f"sampler and trainer differ by {mean:.4f} nats a token on average; expected at most rollout.parity_tolerance = {tolerance}."
-            " Likely causes: the sampler did not get the newest weights (bridge), a model family table that maps a tensor wrongly,"
-            " different rope or norm settings, another dtype (precision), or a temperature applied on one side only"
-        )

@@ -7,7 +7,7 @@ from megarl.config import PpoRun
 from megarl.metrics import Metric, StepMetrics, describe, describe_rewards
 from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
-from megarl.ppo.credit import assign_credit, check_parity
+from megarl.ppo.credit import assign_credit
 from megarl.ppo.kl import next_kl_coef
 from megarl.ppo.minibatches import minibatches
 from megarl.ppo.parts import Parts
@@ -18,7 +18,9 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
     """Train until `run.ppo.total_steps`, from the newest checkpoint if there is one. Called by every rank; returns the last state."""
     data_group = groups.group(layout, "dp")
     state = parts.checkpoints.restore_or_start(parts.checkpointables, TrainState(kl_coef=run.ppo.kl.coef))
-    parts.weight_sync.push(parts.actor, version=state.policy_version)
+    with parts.memory.publishing():
+        parts.weight_sync.push(parts.actor, version=state.policy_version)
+    parts.parity.at_start(state)
     parts.log.start(state.step)
     baseline = parts.evaluator.at_start(state)
     parts.log.write(state.step, baseline.metrics, baseline.samples)
@@ -34,7 +36,7 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
             trajectories = parts.judge.trajectories(prompts, completions)
             rollout = parts.judge.pack(trajectories, len(prompts))
             old_logprobs = parts.actor.logprobs(rollout)
-            check_parity(rollout, old_logprobs, run.rollout.parity_tolerance, data_group)
+            metrics += parts.parity.check(rollout, old_logprobs)
             ref_logprobs = parts.reference.logprobs(rollout, old_logprobs)
             values = parts.critic.values(rollout)
         # credit: rewards become advantages and returns
@@ -47,7 +49,7 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
                 if is_policy_updated:
                     metrics += parts.actor.update(minibatch)
         # publish: the sampler gets the new policy before the next step
-        with metrics.time("publish"):
+        with parts.memory.publishing(), metrics.time("publish"):
             parts.weight_sync.push(parts.actor, version=state.policy_version + is_policy_updated)
         # keep: one reduction makes the step's numbers the same on all ranks
         metrics += describe(experience, parts.reference.estimator, state.kl_coef) + describe_rewards(trajectories)
@@ -58,5 +60,6 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
         evaluation = parts.evaluator.after_step(state)
         parts.log.write(state.step, report + evaluation.metrics, parts.judge.samples(trajectories, run.log.samples), evaluation.samples)
         if parts.checkpoints.due(state):
-            parts.checkpoints.save(state, parts.checkpointables)
+            with parts.memory.saving():
+                parts.checkpoints.save(state, parts.checkpointables)
     return state

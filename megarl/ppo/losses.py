@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megarl.config import PpoConfig
+from megarl.config import CorrectionConfig, PpoConfig
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum_fixed"]
 LARGEST_LOG_RATIO = 20.0  # exp stays finite in every float format
@@ -42,6 +42,29 @@ def policy_loss(
             "old_kl": (torch.expm1(log_ratio.detach().clamp(max=LARGEST_LOG_RATIO)) - log_ratio.detach()) * chosen,
         }
     return loss, diagnostics
+
+
+def correction_weights(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, config: CorrectionConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the policy loss of every response token is multiplied with because another program sampled it than the one that learns.
+
+    w is the trainer's over the sampler's probability of a token, or of a whole response (`level` sequence: rows must be whole).
+    `tis` takes min(w, high); `mask` takes w, but 0 outside low to high. Denominators of the loss stay those of all response tokens.
+    Shapes: three [B, T] (mask bool); returns f32[B, T] without gradient and the diagnostics `ratio` (w before it is cut) and `cut` (1 where
+    it was), f32[B, T]; all 0 where the mask is False. Source: semantics section 3; truncated importance sampling after Ionides (2008).
+    """
+    assert config.kind != "none"
+    with torch.no_grad():
+        log_ratio = torch.where(mask, old_logprobs - rollout_logprobs, 0.0)
+        if config.level == "sequence":
+            log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+        chosen = mask.to(log_ratio.dtype)
+        ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp() * chosen
+        if config.kind == "tis":
+            return ratio.clamp(max=config.high), {"ratio": ratio, "cut": (ratio > config.high).to(chosen.dtype)}
+        is_outside = ((ratio < config.low) | (ratio > config.high)) & mask
+        return torch.where(is_outside, 0.0, ratio), {"ratio": ratio, "cut": is_outside.to(chosen.dtype)}
 
 
 def value_loss(

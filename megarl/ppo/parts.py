@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megarl.bridge.separate_sync import SeparateSync
 from megarl.bridge.sync import WeightSync
 from megarl.checkpoint.sources import open_start, open_weights
 from megarl.checkpoint.store import Checkpointable, Checkpoints
@@ -21,16 +22,18 @@ from megarl.metrics.terminal import PPO_HEADLINE
 from megarl.models.spec import ModelSpec
 from megarl.parallel import collectives, device, groups
 from megarl.parallel.layout import ParallelLayout, RolloutLayout
-from megarl.parallel.memory import Phases
+from megarl.parallel.memory import FROZEN, Offload, Phases
 from megarl.ppo.evaluator import Evaluator, NoEvaluator
 from megarl.ppo.judge import TOKENS_A_TENSOR_RANK, Judge
 from megarl.ppo.kl import Estimator
+from megarl.ppo.parity import ParityGate
 from megarl.ppo.roles import Actor, Critic, Reference, RewardModel
 from megarl.records import RolloutBatch, TokenBatch
 from megarl.rewards.exact import ExactAnswer
 from megarl.rewards.model import ModelScorer
 from megarl.rewards.scorer import Scorer, Term, WeightedSum, distinct_names
 from megarl.rollout.engine import Engine, make_greedy_requests
+from megarl.rollout.separate_engine import SeparateEngine, start_remote, start_separate
 from megarl.rollout.vllm_engine import VllmEngine
 
 
@@ -76,6 +79,7 @@ class Parts:
     critic: Critic
     reference: KlSource
     weight_sync: WeightSync
+    parity: ParityGate
     evaluator: Evaluator | NoEvaluator
     checkpoints: Checkpoints
     log: RunLog
@@ -113,20 +117,25 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     together(lambda: check_vocabulary(tokenizer, spec.vocab_size, run.actor.path, "actor.path"))
     stops = stop_token_ids(tokenizer, spec.end_ids)
     engine = _start_engine(run, layout, spec)
-    memory = Phases(engine)
     actor = Actor(spec, run, layout, source)
-    reference = _build_reference(run, layout)
+    weight_sync = _make_sync(run, layout, engine)
+    memory = Phases(engine, offload_of(run), partial(weight_sync.push, actor))
+    memory.admit("actor", actor.movables)
+    reference = _build_reference(run, layout, memory)
+    judge = Judge(_build_rewards(run, layout, tokenizer, memory), tokenizer, layout)
     critic = Critic(*_role_arguments(run, layout, run.critic, "critic"))
+    memory.admit("critic", critic.movables)
     return Parts(
         prompts=prompts,
         stop_token_ids=stops,
         engine=engine,
         memory=memory,
-        judge=Judge(_build_rewards(run, layout, tokenizer), tokenizer, layout),
+        judge=judge,
         actor=actor,
         critic=critic,
         reference=reference,
-        weight_sync=WeightSync(engine, layout),
+        weight_sync=weight_sync,
+        parity=ParityGate(run, layout, prompts, stops, engine, memory, judge, actor),
         evaluator=_build_evaluator(run, layout, held_out, engine, memory, tokenizer, stops),
         checkpoints=Checkpoints("ppo", run, layout, tokenizer, run.ppo.total_steps),
         log=log,
@@ -139,29 +148,58 @@ def _role_arguments(run: PpoRun, layout: ParallelLayout, model: ModelConfig, rol
     return spec, run, layout, source
 
 
-def _start_engine(run: PpoRun, layout: ParallelLayout, spec: ModelSpec) -> VllmEngine:
+def _start_engine(run: PpoRun, layout: ParallelLayout, spec: ModelSpec) -> VllmEngine | SeparateEngine:
+    """The sampler, wherever the run places it."""
     longest = run.data.max_prompt_tokens + run.rollout.max_response_tokens
+    if run.rollout.placement == "separate":
+        return start_separate(spec, run.rollout, layout, run.precision, longest, _patience(run))
+    if run.rollout.placement == "remote":
+        return start_remote(spec, run.rollout, layout, run.precision, longest, _patience(run), run.output_dir)
     engine = VllmEngine(spec, run.rollout, RolloutLayout(layout, run.rollout.tensor_parallel), run.precision, longest)
     engine.sleep()
     return engine
 
 
-def _build_reference(run: PpoRun, layout: ParallelLayout) -> KlSource:
+def _make_sync(run: PpoRun, layout: ParallelLayout, engine: VllmEngine | SeparateEngine) -> WeightSync:
+    """What pushes the actor's weights into `engine`."""
+    every = run.rollout.digest_every_syncs
+    if isinstance(engine, SeparateEngine):
+        return SeparateSync(engine, layout, verify_every=every, timeout_s=_patience(run), host=run.rollout.listen)
+    return WeightSync(engine, layout, verify_every=every, timeout_s=_patience(run))
+
+
+def _patience(run: PpoRun) -> float:
+    """Seconds to wait for others: a little less than a collective call does, whose end with a timeout would name nobody."""
+    return 0.9 * run.parallel.timeout_s
+
+
+def offload_of(run: PpoRun) -> Offload:
+    """What may leave the device between phases: as the run says, or what suits this host and where its generators are."""
+    if run.memory.offload != "auto":
+        return run.memory.offload
+    if not device.is_cuda():
+        return "none"
+    return "frozen" if run.rollout.placement == "remote" else "all"
+
+
+def _build_reference(run: PpoRun, layout: ParallelLayout, memory: Phases) -> KlSource:
     kl = run.ppo.kl
-    if run.reference is not None:
-        return FrozenReference(Reference(*_role_arguments(run, layout, run.reference, "actor")), kl.estimator)
-    if kl.coef == 0 and kl.target is None:
+    if run.reference is None and kl.coef == 0 and kl.target is None:
         return NoReference()
-    # The actor's start: its files once more, or the same draw. A checkpoint to resume from is read into the actor alone, later.
-    return FrozenReference(Reference(*_role_arguments(run, layout, run.actor, "actor")), kl.estimator)
+    # By default the actor's start: its files once more, or the same draw. A checkpoint to resume from is read into the actor alone, later.
+    reference = Reference(*_role_arguments(run, layout, run.reference or run.actor, "actor"))
+    memory.admit(FROZEN, reference.movables)
+    return FrozenReference(reference, kl.estimator)
 
 
-def _build_rewards(run: PpoRun, layout: ParallelLayout, tokenizer: Tokenizer) -> WeightedSum:
+def _build_rewards(run: PpoRun, layout: ParallelLayout, tokenizer: Tokenizer, memory: Phases) -> WeightedSum:
     def scorer(path: Path | None) -> Scorer:
         if path is None:
             return ExactAnswer()
         spec, source = collectives.together(lambda: open_weights(path, "reward"), groups.group(layout, "world"))
-        return ModelScorer(SequenceScores(RewardModel(spec, run, layout, source), tokenizer.pad_id))
+        model = RewardModel(spec, run, layout, source)
+        memory.admit(FROZEN, model.movables)
+        return ModelScorer(SequenceScores(model, tokenizer.pad_id))
 
     names = distinct_names([part.kind for part in run.rewards])
     return WeightedSum(tuple(Term(name, part.weight, scorer(part.path)) for name, part in zip(names, run.rewards)))

@@ -22,7 +22,8 @@ from megarl.models.token_stats import LogprobHead, PolicyHead, ScoreHead, ValueH
 from megarl.parallel import groups
 from megarl.parallel.collectives import sum_over
 from megarl.parallel.layout import ParallelLayout
-from megarl.ppo.losses import aggregate, count_for, entropy_loss, policy_loss, value_loss
+from megarl.parallel.memory import Movable
+from megarl.ppo.losses import aggregate, correction_weights, count_for, entropy_loss, policy_loss, value_loss
 from megarl.records import Experience, RolloutBatch, TokenBatch
 
 
@@ -41,9 +42,7 @@ def build_learner(
     return learner, pieces
 
 
-def build_frozen(
-    spec: ModelSpec, role: Role, run: Run, layout: ParallelLayout, source: TensorSource
-) -> tuple[Replica, list[Piece]]:
+def build_frozen(spec: ModelSpec, role: Role, run: Run, layout: ParallelLayout, source: TensorSource) -> tuple[Replica, list[Piece]]:
     """A model that never changes: no gradients, no optimizer. Called by every rank; arguments as for `build_learner`."""
     chunks = build_model(spec, role, run.parallel, run.precision, layout)
     for chunk in chunks:
@@ -61,16 +60,19 @@ def num_updates(run: PpoRun, first_step: int = 0) -> int:
 
 
 class Actor:
-    """The policy that is trained."""
+    """The policy that is trained. `movables` is what it owns by part, each of which can be offloaded and brought back."""
 
     def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
         total_steps = num_updates(run, run.ppo.critic_warmup_steps)
         self.spec, self.layout, self._ppo = spec, layout, run.ppo
         self.learner, self.pieces = build_learner(spec, "actor", run.actor, run, layout, source, total_steps)
+        self.movables = self.learner.movables
         self._max_response_tokens = run.rollout.max_response_tokens
         settings = (run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
-        # a mean over each sequence needs all its tokens in one place
-        deals = "rows" if run.ppo.aggregation == "sequence_mean" else "tokens"
+        # a mean over each sequence needs all its tokens in one place, and so does its probability
+        correction = run.ppo.correction
+        is_whole = run.ppo.aggregation == "sequence_mean" or (correction.kind != "none" and correction.level == "sequence")
+        deals = "rows" if is_whole else "tokens"
         self._scoring_head, self._learning_head = LogprobHead(*settings), PolicyHead(*settings, deals=deals)
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
@@ -88,6 +90,10 @@ class Actor:
         logprobs, entropy = stats
         mask = rows.response_mask
         per_token, seen = policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, self._ppo)
+        correction = Metrics()
+        if self._ppo.correction.kind != "none":
+            weights, found = correction_weights(rows.old_logprobs, rows.rollout_logprobs, mask, self._ppo.correction)
+            per_token, correction = weights * per_token, _correction_metrics(weights, found, mask)
         total = per_token + entropy_loss(entropy, mask, self._ppo.entropy_coef)
         metrics = Metrics(
             {
@@ -99,15 +105,16 @@ class Actor:
                 "ratio_max": Largest(seen["ratio"].max()),
             }
         )
-        return aggregate(total, mask, self._ppo.aggregation, denominator), metrics
+        return aggregate(total, mask, self._ppo.aggregation, denominator), metrics + correction
 
 
 class Critic:
-    """The value of every position, trained on the returns."""
+    """The value of every position, trained on the returns. `movables` as for the actor."""
 
     def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
         self.spec, self.layout, self._value_clip = spec, layout, run.ppo.value_clip
         self.learner, self.pieces = build_learner(spec, "critic", run.critic, run, layout, source, num_updates(run))
+        self.movables = self.learner.movables
         self._head = ValueHead()
 
     def values(self, batch: RolloutBatch) -> Tensor:
@@ -133,11 +140,12 @@ class Critic:
 
 
 class Reference:
-    """The frozen policy that the KL penalty is measured against."""
+    """The frozen policy that the KL penalty is measured against. Of its `movables` there are weights alone."""
 
     def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
         self.spec, self.layout = spec, layout
         self.replica, self.pieces = build_frozen(spec, "actor", run, layout, source)
+        self.movables = {"weights": Movable(self.replica.weights, "constant")}
         self._head = LogprobHead(run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
@@ -146,16 +154,27 @@ class Reference:
 
 
 class RewardModel:
-    """A frozen model that gives a whole sequence one number."""
+    """A frozen model that gives a whole sequence one number. `movables` as for the reference."""
 
     def __init__(self, spec: ModelSpec, run: Run, layout: ParallelLayout, source: TensorSource):
         self.spec, self.layout = spec, layout
         self.replica, self.pieces = build_frozen(spec, "critic", run, layout, source)
+        self.movables = {"weights": Movable(self.replica.weights, "constant")}
         self._head = ScoreHead()
 
     def scores(self, batch: TokenBatch) -> Tensor:
         """The score at the last token of every sequence: f32[B]."""
         return self.replica.forward(batch, self._head)
+
+
+def _correction_metrics(weights: Tensor, found: dict[str, Tensor], mask: Tensor) -> Metrics:
+    return Metrics(
+        {
+            "correction/weight": _token_mean(weights, mask),
+            "correction/ratio_max": Largest(found["ratio"].max()),
+            "correction/cut_fraction": _token_mean(found["cut"], mask),
+        }
+    )
 
 
 def _token_mean(per_token: Any, mask: Tensor) -> Metric:

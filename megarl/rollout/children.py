@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarl.parallel.torchrun import rank_from_environment
-
 WORKER = "megarl.rollout.worker"
+LOOPBACK = ("tcp:127.", "tcp:localhost:", "tcp:::1:")
 _PR_SET_PDEATHSIG = 1
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 
@@ -47,7 +46,7 @@ class Children:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", WORKER, *self._arguments(rank)],
-                env=_environment(rank, replica.devices),
+                env=_environment(rank, replica.devices, replica.address),
                 stdin=subprocess.DEVNULL,
                 preexec_fn=die_with_parent,
             )
@@ -97,12 +96,11 @@ def devices_of(replica: int, tensor: int, first: int, num_devices: int) -> tuple
     return tuple((first + replica * tensor + rank) % max(1, num_devices) for rank in range(tensor))
 
 
-def _environment(rank: int, devices: Sequence[int]) -> dict[str, str]:
+def _environment(rank: int, devices: Sequence[int], address: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")}
     own_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(part for part in (own_root, os.environ.get("PYTHONPATH", "")) if part)
-    _, world_size, _ = rank_from_environment()
-    if world_size == 1:
-        kept.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if address.startswith(LOOPBACK):
+        kept.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look the host name up, which need not resolve
     stated = {"RANK": rank, "LOCAL_RANK": devices[rank], "WORLD_SIZE": len(devices), "LOCAL_WORLD_SIZE": len(devices)}
     return kept | {name: str(value) for name, value in stated.items()} | {"PYTHONPATH": path}

@@ -83,7 +83,11 @@ class MegarlWeightTransfer(WeightTransferEngine[DeliveryInfo, SyncInfo]):
         assert self._delivery is not None and self._wire is not None, "init_weight_transfer_engine comes first"
         ends = _Arrivals(self.endpoint, self._delivery.ops, update_info.is_verified)
         self._wire.begin(update_info.sync, update_info.timeout_s)
-        BufferedTransport(self._delivery.rank, self.endpoint.dtype, device.device(), self._wire).run(self._delivery.rounds, ends)
+        try:
+            BufferedTransport(self._delivery.rank, self.endpoint.dtype, device.device(), self._wire).run(self._delivery.rounds, ends)
+        except BaseException:
+            self.shutdown()  # whoever waits for this process learns of it
+            raise
         self.digests = [ends.digests[op] for op in self._delivery.ops] if update_info.is_verified else []
 
     def finish_weight_update(self) -> None:

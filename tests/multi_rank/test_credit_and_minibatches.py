@@ -12,6 +12,7 @@ from megarl.errors import RewardError, RolloutError
 from megarl.metrics import StepMetrics, describe
 from megarl.records import Completion, Experience, Prompt, RolloutBatch
 from megarl.rewards.scorer import Term, WeightedSum
+from tests.multi_rank.role_cases import Case, make_run
 from tests.ranks import run_ranks
 
 ROWS, LENGTH = 16, 6
@@ -66,9 +67,8 @@ def learn_under(layout) -> dict:
 
 def check_judge(layout) -> dict:
     """What the judge packs when responses have different lengths on every data rank, and how failures on one rank end."""
-    from megarl.parallel import groups
-    from megarl.ppo.credit import check_parity
     from megarl.ppo.judge import Judge
+    from megarl.ppo.parity import ParityGate
 
     class Letters:
         pad_id = 0
@@ -90,12 +90,20 @@ def check_judge(layout) -> dict:
     batch = judge.pack(judge.trajectories(prompts, completions), len(prompts))
     with pytest.raises(RewardError, match=r"prompt \d+.*\(rank 3\)"):
         Judge(WeightedSum((Term("length", 2.0, Lengths(broken_rank=3)),)), Letters(), layout).trajectories(prompts, completions)
-    group = groups.group(layout, "dp")
-    check_parity(batch, batch.rollout_logprobs + 0.1, 0.11, group)
+    run = make_run(Case(precision="bf16"))  # by default a mean gap of at most 0.2 nats
+    gate = ParityGate(run, layout, *[None] * 6)  # of its parts the comparison at the start alone makes use
+    passed = gate.check(batch, batch.rollout_logprobs + 0.1).values_by_name()
+    assert passed == {
+        "rollout/logprob_gap": pytest.approx(0.1),
+        "rollout/logprob_gap_max": pytest.approx(0.1),
+        "rollout/logprob_gap_p99": pytest.approx(0.1, rel=0.08),
+        "rollout/ratio_outside": 0.0,
+    }
     # Only the last data rank disagrees; every rank must stop, or the others would wait for it forever.
     off = batch.rollout_logprobs + (4.0 if layout.dp_rank == layout.data - 1 else 0.0)
-    with pytest.raises(RolloutError, match="rollout.parity_tolerance = 0.2"):
-        check_parity(batch, off, 0.2, group)
+    with pytest.raises(RolloutError, match=rf"parity_tolerance = 0.2 .*data ranks {layout.data - 1} of {layout.data} are off") as caught:
+        gate.check(batch, off)
+    assert "1 earlier comparisons were fine" in str(caught.value)
     return {"batch": {f.name: getattr(batch, f.name) for f in fields(RolloutBatch)}, "dp_rank": layout.dp_rank}
 
 

@@ -83,8 +83,41 @@ def follow(rank: int, world_size: int, folders, parallel, tensor: int, joint: bo
     sampled = make_requests(trainer.prompts(), trainer.rollout, stop_token_ids=(3,), seed=(0, 1))
     report["repeats"] = trainer.engine.generate(sampled) == trainer.engine.generate(sampled)
     report["wire"] = type(trainer.sync.wire).__name__
+    report["corrupted"] = corrupted(trainer, greedy)
     trainer.engine.close()
     return report
+
+
+def corrupted(trainer: Trainer, requests: list) -> str:
+    """The message of a sync whose first message from rank 0 has one wrong element; afterwards a good sync makes up for it."""
+    trainer.sync.verify_first = 99
+    wire = trainer.sync.transport.wire
+    if trainer.layout.rank == 0:
+        trainer.sync.transport.wire = Flip(wire)
+    with pytest.raises(RolloutError) as caught:
+        trainer.sync.push(trainer, 8)
+    with pytest.raises(RolloutError, match="no weights yet"):
+        trainer.engine.generate(requests)
+    trainer.sync.transport.wire = wire
+    trainer.sync.push(trainer, 9)
+    assert {completion.policy_version for completion in trainer.engine.generate(requests)} == {9}
+    return str(caught.value)
+
+
+class Flip:
+    """A wire that changes one element of the first message it sends."""
+
+    def __init__(self, wire):
+        self.wire, self.done = wire, False
+
+    def post(self, sends, receives):
+        if sends and not self.done:
+            self.done = True
+            sends[0][1].view(-1)[3] += 1e-3
+        return self.wire.post(sends, receives)
+
+    def __getattr__(self, name):
+        return getattr(self.wire, name)
 
 
 def assert_follows(reports: list[dict], joint: bool) -> None:
@@ -93,6 +126,7 @@ def assert_follows(reports: list[dict], joint: bool) -> None:
         assert all(worst < 1e-4 and agreement == 1.0 for worst, agreement in report["greedy"])
         assert report["repeats"] and report["num_rounds"] > 2
         assert report["wire"] == ("JointWire" if joint else "RingWire")
+        assert "1 of " in report["corrupted"] and "from rank 0 to generator 0" in report["corrupted"]
 
 
 def test_a_generator_of_its_own_follows_the_trainer_through_shared_memory(models):

@@ -17,7 +17,7 @@ from megarl.run_folder import versions, write_run_folder
 from tests.unit.tiny_run import write_run, write_shape
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("ppo", "sft", "reward", "export", "import", "version")
+COMMANDS = ("ppo", "sft", "reward", "export", "import", "checkpoint", "version")
 
 
 def start(*arguments: str, code: str = "", **environment: str) -> subprocess.Popen:
@@ -73,7 +73,7 @@ def test_help_says_what_a_command_takes(capsys, arguments):
     assert cli.run(arguments) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: megarl")
-    for word in {"export": ["CHECKPOINT", "OUT", "--role"], "import": ["HF_DIR", "OUT"], "ppo": ["CONFIG", "key=value", "--check"]}.get(
+    for word in {"export": ["CHECKPOINT", "OUT", "--role"], "import": ["DIR", "OUT"], "ppo": ["CONFIG", "key=value", "--check"]}.get(
         arguments[0] if arguments else "", COMMANDS if arguments in ([], ["--help"]) else []
     ):
         assert word in text
@@ -120,7 +120,7 @@ def test_versions(capsys):
         assert name in out
 
 
-@pytest.mark.parametrize("command", [["export", "nowhere", "out"], ["import", "nowhere", "out"]])
+@pytest.mark.parametrize("command", [["export", "nowhere", "out"], ["import", "nowhere", "out"], ["checkpoint", "show", "nowhere"]])
 def test_file_commands_refuse_in_one_line(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     assert cli.run(command) == 2

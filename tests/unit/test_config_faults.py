@@ -66,6 +66,22 @@ CASES = [
         ),
         ("ppo.kl={coef: 0.0, target: 6.0, horizon: 6}",),
     ),
+    Case(
+        "truncated sampling",
+        (
+            HERE + "rollout.top_p: found 0.9; expected 1.0: the sampler's log-probabilities would speak of another distribution than the"
+            " trainer's, which does not replay vLLM's sampling mask; sharpen with rollout.temperature",
+            HERE + "rollout.top_k: found 50; expected 0 or -1: the sampler's log-probabilities would speak of another distribution than the"
+            " trainer's, which does not replay vLLM's sampling mask; sharpen with rollout.temperature",
+        ),
+        ("rollout.top_p=0.9", "rollout.top_k=50"),
+    ),
+    Case(
+        "a correction that lets nothing through",
+        (HERE + "ppo.correction.low: found 2 with ppo.correction.high 1.5; expected less: every weight would be 0",),
+        ("ppo.correction={kind: mask, low: 2.0, high: 1.5}",),
+    ),
+    Case("no offload of that name", (HERE + "memory.offload: found 'host'; expected one of 'auto', 'none', 'frozen' or 'all'",), ("memory.offload=host",)),
     Case("quoted number", (HERE + "seed: found '1'; expected a whole number",), ("seed='1'",)),
     Case("a part of a rank", (HERE + "parallel.tensor: found 1.5; expected a whole number",), ("parallel.tensor=1.5",)),
     Case("truth for a number", (HERE + "seed: found true; expected a whole number",), ("seed=true",)),
@@ -166,6 +182,27 @@ CASES = [
         "generation TP against the heads",
         (HERE + "rollout.tensor_parallel: found 8; expected a divisor of the 4 attention heads of actor: 1, 2, 4",),
         ("rollout.tensor_parallel=8",),
+    ),
+    Case(
+        "generators that have no place",
+        (
+            HERE + "rollout.replicas: found 2 with rollout.placement colocated; expected 0: there are as many generators as fit the ranks"
+            " (world / rollout.tensor_parallel), or rollout.placement separate or remote",
+        ),
+        ("rollout.replicas=2",),
+    ),
+    Case(
+        "generators from elsewhere, but how many",
+        ("ROOT/run.yaml:18: rollout.replicas: found 0 with rollout.placement remote; expected how many generators will join",),
+        ("rollout.placement=remote",),
+    ),
+    Case(
+        "generators that nobody can reach",
+        (
+            "ROOT/run.yaml:18: rollout.listen: found 127.0.0.1 with rollout.placement separate on 2 nodes; expected an address of the first node that the"
+            " others reach",
+        ),
+        ("rollout.placement=separate", "cluster={nodes: 2, ranks_per_node: 4}"),
     ),
     Case(
         "sequence parallel alone",

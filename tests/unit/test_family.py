@@ -166,6 +166,7 @@ def test_a_missing_head_count_means_one_head_a_query():
     [
         (LLAMA_4 | {"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map"),
         (LLAMA_4 | {"model_type": "mamba"}, "'mamba'; megarl has tables for llama, mistral, qwen2"),
+        (LLAMA_4 | {"model_type": "mamba"}, "to add one, a file in megarl/models, see docs/adding_a_model.md"),
         (LLAMA_4 | {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
         (LLAMA_4 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         (LLAMA_4 | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
@@ -192,7 +193,8 @@ def test_a_missing_head_count_means_one_head_a_query():
         (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (GEMMA3 | {"layer_types": ["sliding_attention"]}, "layer_types names 1 layers"),
         (GEMMA3 | {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention' for layer 0; megarl computes full_attention there"),
-        (GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "'linear'"),
+        (GEMMA3 | {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of type linear lacks factor"),
+        (GEMMA3 | {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "'longrope'"),
         (GEMMA3 | {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}}, "'yarn'"),
         (GEMMA3 | {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "'gemma3'"),
         (QWEN3 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -53,6 +53,7 @@ LAYERS = {
     "megarl.run_folder": 7,
     "megarl.check": 7,
     "megarl.cli": 7,
+    "megarl.file_commands": 7,
     "megarl.quickstart": 7,
 }
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "all_gather_object", "broadcast_object_list", "gather_object", "trust_remote_code"}

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarl.config import PpoConfig
-from megarl.ppo.losses import aggregate, count_for, entropy_loss, policy_loss, value_loss
+from megarl.config import CorrectionConfig, PpoConfig
+from megarl.ppo.losses import aggregate, correction_weights, count_for, entropy_loss, policy_loss, value_loss
 
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum_fixed"]
 
@@ -82,6 +82,52 @@ def test_garbage_outside_the_mask_reaches_neither_loss_nor_gradient():
     poisoned_loss.sum().backward()
     clean_loss.sum().backward()
     torch.testing.assert_close(poisoned.grad, clean.grad)
+
+
+@pytest.mark.parametrize("kind", ["tis", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_correction_weights_are_the_formula(kind, level):
+    old, sampled, _, mask = tensors(5)
+    mask[1] = False
+    low, high = 0.4, 1.7
+    weights, found = correction_weights(old, sampled, mask, CorrectionConfig(kind=kind, level=level, low=low, high=high))
+    cut = 0
+    for b in range(len(mask)):
+        whole = sum((old[b, t] - sampled[b, t]).item() for t in range(mask.shape[1]) if mask[b, t])
+        for t in range(mask.shape[1]):
+            expected = 0.0
+            if mask[b, t]:
+                ratio = math.exp(whole if level == "sequence" else (old[b, t] - sampled[b, t]).item())
+                expected = min(ratio, high) if kind == "tis" else ratio if low <= ratio <= high else 0.0
+                cut += expected != ratio
+                assert found["ratio"][b, t].item() == pytest.approx(ratio, rel=1e-5)
+            assert weights[b, t].item() == pytest.approx(expected, rel=1e-5)
+    assert found["cut"].sum().item() == cut > 0
+
+
+@pytest.mark.parametrize("kind", ["tis", "mask"])
+def test_a_correction_weight_is_a_factor_without_gradient(kind):
+    """The gradient of the weighted loss is the weight times the loss's own, as if the weight were a number."""
+    new, old, advantages, mask = tensors(6)
+    sampled, poison = old + 0.3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(0)), torch.where(mask, 0.0, float("nan"))
+    variable = new.clone().requires_grad_()
+    trainer = old.clone().requires_grad_()
+    settings = CorrectionConfig(kind=kind, low=0.8, high=1.2)
+    weights, _ = correction_weights(trainer + poison, sampled + poison, mask, settings)
+    assert not weights.requires_grad and torch.isfinite(weights).all()
+    (weights * policy_loss(variable, old, advantages, mask, config())[0]).sum().backward()
+    plain = new.clone().requires_grad_()
+    policy_loss(plain, old, advantages, mask, config())[0].sum().backward()
+    torch.testing.assert_close(variable.grad, weights * plain.grad)
+    assert trainer.grad is None
+
+
+def test_equal_programs_need_no_correction():
+    _, old, _, mask = tensors(7)
+    for level in ("token", "sequence"):
+        for kind in ("tis", "mask"):
+            weights, found = correction_weights(old, old, mask, CorrectionConfig(kind=kind, level=level))
+            assert torch.equal(weights, mask.float()) and not found["cut"].any()
 
 
 @pytest.mark.parametrize("value_clip", [None, 0.2])
