@@ -98,8 +98,14 @@ class CheckpointConfig(Section):
     """When the run is saved and whether it continues from what is there."""
 
     every_steps: NotNegative = 0  # 0: only at the end
-    keep_last: Positive = 2
-    resume: bool = True  # continue from the newest complete checkpoint in output_dir
+    keep_last: Positive = 2  # the newest so many stay
+    keep_every_steps: NotNegative = 0  # those of every so many steps stay, too; 0: none
+    keep_best: str | None = None  # so does the one whose step reported the highest value of this metric; -name: the lowest
+    background: Literal["off", "wait", "skip"] = "wait"  # write behind the training; when one is due and the last still being written
+    timeout_s: Positive = 1800  # a save that takes longer has failed
+    max_failures: NotNegative = 0  # failed saves in a row that the run survives with a warning
+    resume: bool = True  # continue from the newest undamaged checkpoint in output_dir
+    strict: bool = False  # refuse to continue where the newest one is damaged
 
 
 class LogConfig(Section):

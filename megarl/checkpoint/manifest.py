@@ -1,8 +1,10 @@
 """The manifest of a checkpoint: what each file holds, and how to know that it is still what was written. No pickle anywhere.
 
-`checkpoints/step-00000123/manifest.json` is written last; a directory without one was never finished and is never read.
+`checkpoints/step-00000123/manifest.json` is written last; a directory without one was never finished and is never read. Its own hash lies
+beside it. `docs/checkpoints.md` describes every field.
 """
 
+import hashlib
 import re
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -11,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megarl.bridge.plan import Box
 from megarl.checkpoint import sharded
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, DamageError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.json.sha256"
 LATEST = "latest"
 ROLES: dict[str, Literal["actor", "critic"]] = {"actor": "actor", "critic": "critic", "reward": "critic"}  # weight table of each model
 STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -27,12 +30,13 @@ class Stored(BaseModel):
 
 
 class StoredTensor(Stored):
-    """A tensor of a weights file: the part `box` of the Hugging Face tensor `name`, under `key`."""
+    """A tensor of a file: the part `box` of the Hugging Face tensor `name`, or of what the optimizer holds for it, under `key`."""
 
     key: str
     name: str
     box: Box
     dtype: str
+    slot: Literal["weight", "exp_avg", "exp_avg_sq", "main"] = "weight"
 
 
 class StoredFile(Stored):
@@ -47,13 +51,17 @@ class StoredFile(Stored):
 
 
 class StoredModel(Stored):
-    """A model: the shape of every tensor in Hugging Face coordinates. Its name says which weight table it follows (`ROLES`)."""
+    """A model: the shape of every tensor in Hugging Face coordinates. Its name says which weight table it follows (`ROLES`).
+
+    `counts` is what its learner counts (`Learner.counts`); empty where there are only weights.
+    """
 
     shapes: dict[str, tuple[int, ...]]
+    counts: dict[str, int] = {}
 
 
 class StoredLayout(Stored):
-    """The ranks that wrote the checkpoint. Optimizer and random state fit only an equal one."""
+    """The ranks that wrote the checkpoint. Random states fit only an equal one."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -81,7 +89,11 @@ class StoredTokenizer(Stored):
 
 
 class Manifest(Stored):
-    """Everything a reader must know before it opens another file of the checkpoint."""
+    """Everything a reader must know before it opens another file of the checkpoint.
+
+    `parent` names the checkpoint that the run had saved or read before this one, `attempt` the start of the run that wrote it (they are
+    counted, see `attempts`), `metrics` what the step reported.
+    """
 
     format: int
     course: str
@@ -92,6 +104,9 @@ class Manifest(Stored):
     tokenizer: StoredTokenizer = StoredTokenizer()
     versions: dict[str, str] = {}
     run: dict = {}
+    parent: str = ""
+    attempt: int = 0
+    metrics: dict[str, float] = {}
 
     def files_of(self, kind: str, model: str = "", rank: int | None = None) -> dict[str, StoredFile]:
         """Files of one kind and model (and rank, when given), by path."""
@@ -103,20 +118,27 @@ class Manifest(Stored):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The checked manifest of a checkpoint directory. Raises `CheckpointError`: missing, damaged, another format, paths that leave it."""
+    """The checked manifest of a checkpoint directory.
+
+    Raises `DamageError` where it is missing, not what was written, or of another step than its directory's name says, and
+    `CheckpointError` for another format and for paths that leave the directory.
+    """
     path = directory / MANIFEST
     try:
-        text = path.read_text()
+        data, recorded = path.read_bytes(), (directory / MANIFEST_HASH).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{directory} is not a complete checkpoint: cannot read {MANIFEST} ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is damaged: not UTF-8 text at byte {error.start}") from error
+        raise DamageError(
+            f"{directory} is not a complete checkpoint: cannot read {Path(error.filename).name} ({error.strerror})"
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if recorded != manifest_hash_line(found):
+        raise DamageError(f"{path} has SHA-256 {found}; {MANIFEST_HASH} says {recorded[:64].decode(errors='replace')}: damaged")
     try:
-        manifest = Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise CheckpointError(f"{path} is damaged or of another megarl version: {where}: {first['msg']}") from error
+        raise CheckpointError(f"{path} is of another megarl version: {where}: {first['msg']}") from error
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.format}; this megarl reads format {FORMAT}")
     if unknown := manifest.models.keys() - ROLES.keys():
@@ -124,7 +146,14 @@ def read_manifest(directory: Path) -> Manifest:
     for name in manifest.files:
         if not is_inside(name):
             raise CheckpointError(f"{path} names the file {name!r}, which is outside the checkpoint: refused")
+    if (named := STEP_NAME.fullmatch(directory.name)) and int(named[1]) != manifest.state.get("step"):
+        raise DamageError(f"{path} is of step {manifest.state.get('step')}; its directory is called {directory.name}")
     return manifest
+
+
+def manifest_hash_line(digest: str) -> bytes:
+    """What the file beside the manifest says, as `sha256sum` writes it."""
+    return f"{digest}  {MANIFEST}\n".encode()
 
 
 def is_inside(name: str) -> bool:
@@ -134,19 +163,17 @@ def is_inside(name: str) -> bool:
 
 
 def verify(directory: Path, name: str, file: StoredFile) -> None:
-    """Read a file once and compare it with the manifest. Raises `CheckpointError` naming the file."""
+    """Read a file once and compare it with the manifest. Raises `DamageError` naming the file, what was expected and what was found."""
     path = directory / name
     try:
         size = path.stat().st_size
         if size != file.num_bytes:
-            raise CheckpointError(f"{path} has {size} bytes; its manifest says {file.num_bytes}: the checkpoint is damaged")
+            raise DamageError(f"{path} has {size} bytes; its manifest says {file.num_bytes}: damaged")
         found = sharded.measure(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}: the checkpoint is incomplete") from error
+        raise DamageError(f"{path} cannot be read: {error.strerror}: the checkpoint is incomplete") from error
     if found.sha256 != file.sha256:
-        raise CheckpointError(
-            f"{path} has SHA-256 {found.sha256[:16]}...; its manifest says {file.sha256[:16]}...: the checkpoint is damaged"
-        )
+        raise DamageError(f"{path} has SHA-256 {found.sha256}; its manifest says {file.sha256}: damaged")
 
 
 def step_directories(directory: Path) -> list[Path]:

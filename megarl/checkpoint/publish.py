@@ -1,14 +1,17 @@
 """The last act of writing a checkpoint: what lies beside the weights, the manifest, and the rename that makes it count."""
 
+import hashlib
 import json
 import os
 import platform
 import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from megarl.checkpoint.manifest import LATEST, MANIFEST, Manifest, StoredFile, StoredTokenizer
-from megarl.checkpoint.sharded import WrittenFile, measure, sync, write_text
+from megarl.checkpoint.manifest import LATEST, MANIFEST, MANIFEST_HASH, Manifest, StoredFile, StoredTokenizer, manifest_hash_line
+from megarl.checkpoint.sharded import WrittenFile, sync, write_bytes, write_text
 from megarl.data.tokenizers import Tokenizer
 from megarl.errors import SetupError
 
@@ -52,11 +55,17 @@ def with_digest(file: StoredFile, written: WrittenFile) -> StoredFile:
     return file.model_copy(update={"num_bytes": written.num_bytes, "sha256": written.sha256})
 
 
-def publish(staging: Path, final: Path, manifest: Manifest) -> None:
-    """Make a finished staging directory the checkpoint `final`: manifest last, everything on disk, one rename."""
-    write_text(staging / MANIFEST, manifest.model_dump_json(indent=1))
+def publish(staging: Path, final: Path, manifest: Manifest, check: Callable[[], None] = lambda: None) -> None:
+    """Make a finished staging directory the checkpoint `final`: manifest last, everything on disk, one rename.
+
+    `check` is asked in the last moment whether it may be published; it raises where not.
+    """
+    text = manifest.model_dump_json()
+    write_text(staging / MANIFEST_HASH, manifest_hash_line(hashlib.sha256(text.encode()).hexdigest()).decode())
+    write_text(staging / MANIFEST, text)
     for path in sorted({(staging / name).parent for name in manifest.files} | {staging}):
         sync(path)
+    check()
     if final.exists():
         discard(final)
     os.rename(staging, final)
@@ -77,14 +86,28 @@ def write_config(staging: Path, model: str, hf_config: dict) -> dict[str, Stored
     return {path: stored("config", write_text(staging / path, json.dumps(hf_config, indent=1)), model=model)}
 
 
+def write_files(staging: Path, folder: str, texts: Mapping[str, bytes]) -> dict[str, StoredFile]:
+    """Write small files, given by their paths in `folder`, into the checkpoint; they are of the kind that the folder is called."""
+    files = {}
+    for name, data in texts.items():
+        path = staging / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files[f"{folder}/{name}"] = stored(folder, write_bytes(path, data))
+    return files
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer's files by their paths, so that an export of the checkpoint needs nothing else."""
+    with tempfile.TemporaryDirectory(prefix="megarl-tokenizer-") as place:
+        directory = Path(place)
+        tokenizer.save_for_export(directory)
+        found = sorted(path for path in directory.rglob("*") if path.is_file())
+        return {path.relative_to(directory).as_posix(): path.read_bytes() for path in found}
+
+
 def write_tokenizer(staging: Path, tokenizer: Tokenizer) -> dict[str, StoredFile]:
-    """Write the tokenizer's files into the checkpoint, so that an export needs nothing else."""
-    directory = staging / "tokenizer"
-    tokenizer.save_for_export(directory)
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    for path in files:
-        sync(path)
-    return {path.relative_to(staging).as_posix(): stored("tokenizer", measure(path)) for path in files}
+    """Write the tokenizer's files into the checkpoint."""
+    return write_files(staging, "tokenizer", tokenizer_files(tokenizer))
 
 
 def special_tokens(tokenizer: Tokenizer) -> StoredTokenizer:

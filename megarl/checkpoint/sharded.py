@@ -29,6 +29,7 @@ DTYPE_NAMES = {
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BLOCK_BYTES = 16 << 20
+READ_BYTES = 2 << 20  # at a time; several files are verified side by side
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,20 @@ def cover_faults(shapes: Mapping[str, tuple[int, ...]], boxes: Iterable[tuple[st
         expected, found = math.prod(shapes[name]), sum(num_elements(box) for box in pieces)
         if found < expected:
             faults.append(f"{name} has {found} of {expected} elements")
-        elif found > expected or any(intersect(a, b) for i, a in enumerate(pieces) for b in pieces[:i]):
+        elif found > expected or _overlap(pieces):
             faults.append(f"{name} has elements that are held twice")
     return faults
+
+
+def _overlap(boxes: Sequence[Box]) -> bool:
+    """True when two boxes share an element. In order of their first rows, only those that reach as far as the next are compared."""
+    reaching: list[Box] = []
+    for box in sorted(boxes):
+        reaching = [other for other in reaching if sum(other[0]) > box[0][0]]
+        if any(intersect(other, box) for other in reaching):
+            return True
+        reaching.append(box)
+    return False
 
 
 def write_tensors(
@@ -113,7 +125,7 @@ def write_tensors(
                 num_bytes += len(raw)
             if num_bytes != entry.num_bytes:
                 raise ValueError(f"{entry.key} came as {num_bytes} bytes; its entry says {entry.num_bytes}")
-        os.fsync(file.fileno())
+        _flush(file)
     return WrittenFile(8 + len(text) + offset, digest.hexdigest())
 
 
@@ -127,20 +139,25 @@ def _blocks(made: torch.Tensor | Iterable[torch.Tensor], entry: TensorEntry) -> 
 
 def write_text(path: Path, text: str) -> WrittenFile:
     """Write a small text file and flush it to disk."""
-    data = text.encode()
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> WrittenFile:
+    """Write a small file and flush it to disk."""
     with open(path, "wb", buffering=0) as file:
         _write_all(file, data)
-        os.fsync(file.fileno())
+        _flush(file)
     return WrittenFile(len(data), hashlib.sha256(data).hexdigest())
 
 
 def measure(path: Path) -> WrittenFile:
     """Size and SHA-256 of a file as it is on disk now."""
     digest, num_bytes = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(READ_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            num_bytes += len(block)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            num_bytes += count
     return WrittenFile(num_bytes, digest.hexdigest())
 
 
@@ -154,7 +171,19 @@ def sync(path: Path) -> None:
 
 
 def _write_all(file, block: bytes | memoryview) -> None:
-    """Unbuffered writes may be short; a full disk raises on the write that finds no room."""
+    """Unbuffered writes may be short; a full disk raises on the write that finds no room. The error names the file."""
     view = memoryview(block)
-    while view:
-        view = view[file.write(view) :]
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
+
+
+def _flush(file) -> None:
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise

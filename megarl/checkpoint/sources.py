@@ -1,6 +1,7 @@
 """Where weights are read from: a Hugging Face directory or a megarl checkpoint, both seen as named tensors of which boxes can be read."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -9,11 +10,12 @@ from safetensors import SafetensorError
 
 from megarl.bridge.plan import Box, intersect, num_elements, within
 from megarl.checkpoint import manifest as manifests
+from megarl.checkpoint.hf_directory import check_tensors
 from megarl.checkpoint.manifest import Manifest, StoredTensor
 from megarl.checkpoint.sharded import DTYPES, whole
 from megarl.checkpoint.tensor_file import TensorFile
 from megarl.config import ModelConfig
-from megarl.errors import CheckpointError, WeightMapError
+from megarl.errors import CheckpointError, DamageError, WeightMapError
 from megarl.models.decoder_table import SCALAR_HEAD
 from megarl.models.family import ModelSpec, Role, read_spec
 from megarl.models.pieces import TensorSource
@@ -21,6 +23,7 @@ from megarl.models.random_weights import RandomSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_OPEN = 64  # files of a checkpoint at a time: their number grows with the ranks that wrote it, a process' descriptors do not
 HEAD_SEED = 0  # every rank, run and resume starts from the same new head
 
 
@@ -42,7 +45,13 @@ class SafetensorsSource:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._slice(name).get_dtype()]
+        stored = self._slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise WeightMapError(
+                f"{self.directory / self._file_of[name]}: tensor {name} is stored as {stored}; expected one of {', '.join(DTYPES)}:"
+                " save the model without quantisation first"
+            )
+        return DTYPES[stored]
 
     def file_of(self, name: str) -> str:
         """The file that holds a tensor."""
@@ -100,23 +109,62 @@ class SafetensorsSource:
         raise WeightMapError(f"{self.directory} holds no weights: expected {SINGLE} or {INDEX}")
 
 
+class CheckpointFiles:
+    """The tensor files of a checkpoint, opened when asked for; at most `MAX_OPEN` at a time, never loaded whole.
+
+    Each file is verified against its hash when first opened, unless `is_verified` says that somebody did. Raises `DamageError`.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest | None = None, is_verified: bool = False):
+        self.directory = Path(directory)
+        self.manifest = manifest or manifests.read_manifest(self.directory)
+        self._verified = set(self.manifest.files) if is_verified else set()
+        self._open: OrderedDict[str, TensorFile] = OrderedDict()
+
+    def read(self, path: str, key: str, where: tuple[slice, ...]) -> torch.Tensor:
+        """A part of one stored tensor."""
+        try:
+            return self._opened(path).get_slice(key)[where]
+        except (OSError, SafetensorError) as error:
+            raise DamageError(f"{self.directory / path}: {key}: {error}") from error
+
+    def read_all(self, path: str) -> dict[str, torch.Tensor]:
+        """Every tensor of a small file."""
+        opened = self._opened(path)
+        return {key: self.read(path, key, tuple(slice(size) for size in opened.get_slice(key).get_shape())) for key in opened.keys()}
+
+    def _opened(self, path: str) -> TensorFile:
+        if path not in self._verified:
+            manifests.verify(self.directory, path, self.manifest.files[path])
+            self._verified.add(path)
+        if path not in self._open:
+            try:
+                self._open[path] = TensorFile(self.directory / path)
+            except (OSError, SafetensorError) as error:
+                raise DamageError(f"{self.directory / path} cannot be read as safetensors: {error}") from error
+        self._open.move_to_end(path)
+        while len(self._open) > MAX_OPEN:
+            self._open.popitem(last=False)
+        return self._open[path]
+
+
 class CheckpointSource:
-    """Tensors of one model of a megarl checkpoint, whatever layout wrote it. Each file is verified against its hash when first opened.
+    """Tensors of one model of a megarl checkpoint, whatever layout wrote it: its weights, or what the optimizer holds in `slot` for them.
 
     Raises `CheckpointError` for an unknown model, a damaged file and a tensor that is not wholly there.
     """
 
-    def __init__(self, directory: Path, model: str):
-        self.directory = Path(directory)
-        self.manifest: Manifest = manifests.read_manifest(self.directory)
+    def __init__(self, directory: Path, model: str, slot: str = "weight", files: CheckpointFiles | None = None):
+        self._files = files or CheckpointFiles(directory)
+        self.directory, self.manifest = self._files.directory, self._files.manifest
         if model not in self.manifest.models:
             raise CheckpointError(f"{directory} holds the models {sorted(self.manifest.models)}; expected {model!r}")
-        self.model = model
-        self._files: dict[str, TensorFile] = {}
+        self.model, self.slot = model, slot
         self._pieces: dict[str, list[tuple[str, StoredTensor]]] = {}
-        for path, file in self.manifest.files_of("weights", model).items():
+        for path, file in self.manifest.files_of("weights" if slot == "weight" else "optimizer", model).items():
             for tensor in file.tensors:
-                self._pieces.setdefault(tensor.name, []).append((path, tensor))
+                if tensor.slot == slot:
+                    self._pieces.setdefault(tensor.name, []).append((path, tensor))
 
     def names(self) -> Iterable[str]:
         return self._pieces.keys()
@@ -137,31 +185,17 @@ class CheckpointSource:
         found = 0
         for path, piece in pieces:
             if (shared := intersect(piece.box, box)) is not None:
-                out[within(shared, box)] = self._read_piece(path, piece, shared)
+                out[within(shared, box)] = self._files.read(path, piece.key, within(shared, piece.box))
                 found += num_elements(shared)
         if found != num_elements(box):
             raise CheckpointError(f"{self.directory}: {name} has {found} of the {num_elements(box)} elements in the box {box}")
         return out
 
-    def _read_piece(self, path: str, piece: StoredTensor, box: Box) -> torch.Tensor:
-        try:
-            return self._open(path).get_slice(piece.key)[within(box, piece.box)]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.directory / path}: {piece.key}: {error}") from error
-
     def _pieces_of(self, name: str) -> list[tuple[str, StoredTensor]]:
         if name not in self._pieces:
-            raise CheckpointError(f"{self.directory}: model {self.model} holds no tensor {name}")
+            what = "tensor" if self.slot == "weight" else f"{self.slot} of the tensor"
+            raise CheckpointError(f"{self.directory}: model {self.model} holds no {what} {name}")
         return self._pieces[name]
-
-    def _open(self, path: str) -> TensorFile:
-        if path not in self._files:
-            manifests.verify(self.directory, path, self.manifest.files[path])
-            try:
-                self._files[path] = TensorFile(self.directory / path)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.directory / path} cannot be read as safetensors: {error}") from error
-        return self._files[path]
 
 
 class WithNewHead:
@@ -248,4 +282,5 @@ def _open_hugging_face(directory: Path, role: str) -> tuple[ModelSpec, TensorSou
         raise CheckpointError(f"{directory} holds a reward model ({SCALAR_HEAD}); expected a language model for the actor")
     if role == "reward" and not has_score:
         raise CheckpointError(f"{directory} holds no {SCALAR_HEAD}; expected a trained reward model")
+    check_tensors(source, spec, "critic" if has_score else "actor")
     return spec, source, role == "actor" or has_score

@@ -1,88 +1,60 @@
 """A run's checkpoints: `output_dir/checkpoints/step-00000123/`, complete or not there at all.
 
-Every rank writes its files into a staging directory; when all have, rank 0 writes the manifest last, renames the directory into place and
-replaces the pointer `latest`. A process killed at any moment leaves the previous checkpoint as it was. Files of one checkpoint:
-
-    manifest.json                           what every file holds, sizes and SHA-256
-    <model>/config.json                     the model as Hugging Face describes it
-    <model>/weights-00000.safetensors       pieces in Hugging Face coordinates that rank 0 owns, in the parameters' dtype
-    <model>/optimizer-00000.safetensors     rank 0's optimizer state, float32 masters included; its numbers in optimizer-00000.json
-    random-00000.safetensors                rank 0's random states
-    tokenizer/                              what `transformers.AutoTokenizer` needs
+Every rank writes what it owns into a staging directory; when all have, rank 0 writes the manifest last, renames the directory into place
+and replaces the pointer `latest`. A process killed at any moment leaves the previous checkpoint as it was. Saving may go on behind the
+training: then a step pays for a copy to host memory. `docs/checkpoints.md` describes the files.
 """
 
-import json
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors import safe_open
 
 from megarl.checkpoint import manifest as manifests
-from megarl.checkpoint.manifest import FORMAT, ROLES, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
+from megarl.checkpoint.attempts import Attempt, sweep
+from megarl.checkpoint.files import Checkpointable, HostBuffers, plan_files
+from megarl.checkpoint.manifest import FORMAT, ROLES, STEP_NAME, Manifest, StoredFile, StoredLayout, StoredModel
 from megarl.checkpoint.publish import (
-    NOT_WRITTEN,
-    STAGING,
-    TRASH,
     check_room,
     discard,
     point_to,
     publish,
     special_tokens,
-    stored,
+    tokenizer_files,
     versions,
-    with_digest,
     write_config,
-    write_tokenizer,
+    write_files,
 )
-from megarl.checkpoint.sharded import DTYPE_NAMES, TensorEntry, cover_faults, write_tensors, write_text
-from megarl.checkpoint.sources import CheckpointSource
+from megarl.checkpoint.restore import check_same_run, load, load_random_states, verify_share
+from megarl.checkpoint.retention import best_metric, kept_steps
+from megarl.checkpoint.saving import Background, SaveJob, disk_errors
+from megarl.checkpoint.sharded import cover_faults
 from megarl.checkpoint.train_state import TrainState
 from megarl.config import Run
 from megarl.data.tokenizers import Tokenizer
-from megarl.errors import CheckpointError
-from megarl.models.family import ModelSpec, read_spec
-from megarl.models.learner import Learner
-from megarl.models.pieces import Piece, load_pieces
-from megarl.parallel import collectives, device, groups
+from megarl.errors import CheckpointError, DamageError, FencedError, MegarlError
+from megarl.metrics import Metrics
+from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
 
+__all__ = ["Checkpointable", "Checkpoints"]
+
 Result = TypeVar("Result")
-
-
-class Checkpointable(Protocol):
-    """What the store keeps of a trained model: `Actor`, `Critic`, and the student of a lesson."""
-
-    spec: ModelSpec
-    pieces: Sequence[Piece]
-    learner: Learner
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """A file that a rank will write: live tensors under their keys, or a text."""
-
-    file: StoredFile
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    text: str = ""
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values()) + len(self.text)
-
-    def write(self, path: Path) -> StoredFile:
-        """Write it and return its entry of the manifest."""
-        if self.text:
-            return with_digest(self.file, write_text(path, self.text))
-        entries = [TensorEntry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in self.tensors.items()]
-        return with_digest(self.file, write_tensors(path, entries, lambda entry: self.tensors[entry.key]))
+POLL_S = 0.05
+NO_METRICS = Metrics()
 
 
 class Checkpoints:
-    """Saves and restores one run. Every method that touches disk is entered by all ranks; a failure on one is raised on all of them."""
+    """Saves and restores one run. Every method is entered by all ranks; a failure on one is raised on all of them.
+
+    `stall_s` is what the last `save` cost the training, in seconds.
+    """
 
     def __init__(self, course: str, run: Run, layout: ParallelLayout, tokenizer: Tokenizer, total_steps: int):
         self.course = course
@@ -91,135 +63,242 @@ class Checkpoints:
         self.tokenizer = tokenizer
         self.total_steps = total_steps
         self.directory = Path(run.output_dir) / "checkpoints"
+        self.stall_s = 0.0
         self._world = groups.group(layout, "world")
+        self._attempt = Attempt(self.directory, 0)
+        self._parent = ""
+        self._texts: dict[str, bytes] = {}  # files of the tokenizer: they never change
+        self._buffers = HostBuffers()
+        self._pending: Background | None = None
+        self._failures = 0  # in a row
 
+    # ---------------------------------------------------------------- save
     def due(self, state: TrainState) -> bool:
-        """True every `checkpoint.every_steps` steps, and after the last step."""
+        """True every `checkpoint.every_steps` steps, and after the last step. Called by every rank after every step.
+
+        This is where a save in the background reports: its failure is raised here, or warned of (`checkpoint.max_failures`).
+        """
+        if self._pending is not None and self._has_ended(self._pending):
+            self._settle()
         every = self.run.checkpoint.every_steps
         return state.step == self.total_steps or (every > 0 and state.step % every == 0)
 
-    # ---------------------------------------------------------------- save
-    def save(self, state: TrainState, checkpointables: Mapping[str, Checkpointable]) -> Path:
-        """Write a checkpoint of `state` and return its directory. Raises `SetupError` (no room) or `CheckpointError` on every rank."""
-        final = self.directory / f"step-{state.step:08d}"
-        staging = self.directory / (STAGING + final.name)
-        plan = self._plan(checkpointables)
-        needed = sum(collectives.gather_json(sum(file.num_bytes for file in plan.values()), self._world))
-        self._together(lambda: self._prepare(staging, checkpointables, needed) if self.layout.rank == 0 else None)
-        written = self._together(lambda: {path: file.write(staging / path) for path, file in plan.items()})
-        files: dict[str, dict] = {}
-        for part in collectives.gather_json({path: file.model_dump(mode="json") for path, file in written.items()}, self._world):
-            files.update(part)
-        self._together(lambda: self._publish(staging, final, state, checkpointables, files) if self.layout.rank == 0 else None)
-        return final
+    def save(self, state: TrainState, checkpointables: Mapping[str, Checkpointable], metrics: Metrics = NO_METRICS) -> None:
+        """Write a checkpoint of `state`; `metrics` is what its step reported.
 
-    def _plan(self, checkpointables: Mapping[str, Checkpointable]) -> dict[str, PlannedFile]:
-        """The files this rank writes, by path."""
-        rank, plan = self.layout.rank, {}
-        for model, kept in checkpointables.items():
-            owned = {_piece_key(piece): piece for piece in kept.pieces if piece.is_owner}
-            held = tuple(StoredTensor(key=key, name=p.hf_name, box=p.box, dtype=DTYPE_NAMES[p.view.dtype]) for key, p in owned.items())
-            if owned:
-                file = stored("weights", NOT_WRITTEN, model=model, rank=rank, tensors=held)
-                plan[f"{model}/weights-{rank:05d}.safetensors"] = PlannedFile(file, {key: piece.view for key, piece in owned.items()})
-            file = stored("optimizer", NOT_WRITTEN, model=model, rank=rank)
-            plan[f"{model}/optimizer-{rank:05d}.safetensors"] = PlannedFile(file, kept.learner.optimizer_tensors())
-            plan[f"{model}/optimizer-{rank:05d}.json"] = PlannedFile(file, text=json.dumps(kept.learner.optimizer_json()))
-        plan[f"random-{rank:05d}.safetensors"] = PlannedFile(stored("random", NOT_WRITTEN, rank=rank), device.random_states())
-        return plan
+        Returns when it is published or, with `checkpoint.background`, when everything is copied; after the last step always the former.
+        Raises `CheckpointError` or `SetupError` (no room) on every rank, unless `checkpoint.max_failures` allows to go on.
+        """
+        began = time.monotonic()
+        is_last, config = state.step == self.total_steps, self.run.checkpoint
+        name = f"step-{state.step:08d}"
+        if self._pending is not None:
+            if config.background == "skip" and not is_last:
+                self._say(f"{name} is left out: {self._pending.job.staging.name} is still being written")
+                return
+            self.finish()
+        try:
+            job = self._start(self.directory / name, state, checkpointables, metrics)
+            if config.background != "off" and not is_last:
+                job.plan = self._buffers.copy(job.plan)
+                self._pending = Background(job)
+            else:
+                self._together(job.write)
+                self._together(job.conclude)
+                self._succeed(job)
+        except MegarlError as error:
+            self._fail(error, name, is_last)
+        self.stall_s = time.monotonic() - began
 
-    def _check_room(self, needed: int) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+    def finish(self) -> None:
+        """Wait for a save in the background, if there is one. Raises as `save` does."""
+        if self._pending is not None:
+            while not self._has_ended(self._pending):
+                time.sleep(POLL_S)
+            self._settle()
+
+    def _has_ended(self, pending: Background) -> bool:
+        """Whether every rank's part has ended, or somebody's has failed: then the others' is in vain."""
+        answers = collectives.gather_json([pending.is_running, pending.has_failed], self._world)
+        return any(failed for _, failed in answers) or not any(running for running, _ in answers)
+
+    def _settle(self) -> None:
+        """The end of a save in the background, on every rank."""
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        if any(collectives.gather_json(pending.has_failed, self._world)):
+            pending.job.is_given_up.set()
+        pending.wait()
+        try:
+            collectives.agree(pending.error, self._world)
+        except MegarlError as error:
+            self._fail(error, pending.job.name, is_last=False)
+        else:
+            self._succeed(pending.job)
+
+    def _succeed(self, job: SaveJob) -> None:
+        self._parent, self._failures = job.name, 0
+
+    def _fail(self, error: MegarlError, name: str, is_last: bool) -> None:
+        """Called where an error is being handled, on every rank."""
+        self._failures += 1
+        allowed = self.run.checkpoint.max_failures
+        if self.layout.rank == 0:
+            shutil.rmtree(self._attempt.staging(name), ignore_errors=True)
+        if is_last or isinstance(error, FencedError) or self._failures > allowed:
+            raise error
+        self._say(
+            f"{name} was not saved: {error}; training goes on (failures in a row: {self._failures}, checkpoint.max_failures={allowed})"
+        )
+
+    def _start(self, final: Path, state: TrainState, checkpointables: Mapping[str, Checkpointable], metrics: Metrics) -> SaveJob:
+        """This rank's part of a save, with live tensors, and an empty staging directory to write to."""
+        plan = plan_files(self.layout.rank, checkpointables)
+        staging, timeout_s = self._attempt.staging(final.name), self.run.checkpoint.timeout_s
+        job = SaveJob(final.name, staging, plan, self.layout.rank, self.layout.world_size, timeout_s)
+        needed = sum(collectives.gather_json(job.num_bytes, self._world))
+        if self.layout.rank == 0:
+            job.publish = partial(self._publish, job, final, self._manifest(state, checkpointables, metrics), dict(checkpointables))
+        self._together(lambda: self._make_staging(staging, checkpointables, needed) if self.layout.rank == 0 else None)
+        return job
+
+    def _make_staging(self, staging: Path, checkpointables: Mapping[str, Checkpointable], needed: int) -> None:
+        self._attempt.check()
+        sweep(self.directory)
         check_room(self.directory, needed, "a checkpoint needs", "lower checkpoint.keep_last, or move output_dir")
-
-    def _prepare(self, staging: Path, checkpointables: Mapping[str, Checkpointable], needed: int) -> None:
-        self._check_room(needed)
+        staging.mkdir()
         for model in checkpointables:
-            (staging / model).mkdir(parents=True)
+            (staging / model).mkdir()
+        self._texts = self._texts or tokenizer_files(self.tokenizer)
 
-    def _publish(
-        self, staging: Path, final: Path, state: TrainState, checkpointables: Mapping[str, Checkpointable], files: dict[str, dict]
-    ) -> None:
-        found = {path: StoredFile.model_validate(file) for path, file in files.items()}
-        models = {}
-        for model, kept in checkpointables.items():
-            shapes = kept.spec.table(ROLES[model]).hf_shapes
-            pieces = [(t.name, t.box) for file in found.values() if file.kind == "weights" and file.model == model for t in file.tensors]
-            if faults := cover_faults(shapes, pieces):
-                raise AssertionError(f"the pieces of {model} do not make up the model: {'; '.join(faults[:5])}")
-            models[model] = StoredModel(shapes=shapes)
-            found |= write_config(staging, model, kept.spec.hf_config)
-        found |= write_tokenizer(staging, self.tokenizer)
-        manifest = Manifest(
+    def _manifest(self, state: TrainState, checkpointables: Mapping[str, Checkpointable], metrics: Metrics) -> Manifest:
+        models = {
+            model: StoredModel(shapes=kept.spec.table(ROLES[model]).hf_shapes, counts=kept.learner.counts())
+            for model, kept in checkpointables.items()
+        }
+        best = self.run.checkpoint.keep_best
+        if best is not None and best_metric(best)[0] not in metrics:
+            self._say(
+                f"step {state.step} did not report checkpoint.keep_best={best}, so it cannot be the best; reported: {', '.join(metrics)}"
+            )
+        return Manifest(
             format=FORMAT,
             course=self.course,
             state=state.to_json(),
             layout=self._stored_layout(),
             models=models,
-            files=found,
+            files={},
             tokenizer=special_tokens(self.tokenizer),
             versions=versions(),
             run=self.run.model_dump(mode="json"),
+            parent=self._parent,
+            attempt=self._attempt.number,
+            metrics={name: value for name, value in metrics.values_by_name().items() if math.isfinite(value)},
         )
-        publish(staging, final, manifest)
+
+    def _publish(
+        self, job: SaveJob, final: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable], files: dict[str, StoredFile]
+    ) -> None:
+        """Rank 0's last act, possibly behind the training: touches files only."""
+        for model, stored in manifest.models.items():
+            if faults := incomplete(stored.shapes, [file for file in files.values() if file.model == model]):
+                raise AssertionError(f"the pieces of {model} do not make up the model: {'; '.join(faults[:5])}")
+            files |= write_config(job.staging, model, checkpointables[model].spec.hf_config)
+        files |= write_files(job.staging, "tokenizer", self._texts)
+        try:
+            publish(job.staging, final, manifest.model_copy(update={"files": files}), self._attempt.check)
+        except OSError:
+            self._attempt.check()  # a newer start takes staging directories away
+            raise
         point_to(final)
-        for old in manifests.step_directories(self.directory)[: -self.run.checkpoint.keep_last]:
-            discard(old)
+        self._discard_old()
+
+    def _discard_old(self) -> None:
+        config = self.run.checkpoint
+        directories = {int(STEP_NAME.fullmatch(path.name)[1]): path for path in manifests.step_directories(self.directory)}
+        metrics = {step: {} if config.keep_best is None else manifests.read_manifest(path).metrics for step, path in directories.items()}
+        for step in sorted(metrics.keys() - kept_steps(metrics, config)):
+            discard(directories[step])
 
     # ---------------------------------------------------------------- restore
     def restore_or_start(self, checkpointables: Mapping[str, Checkpointable], start: TrainState | None = None) -> TrainState:
-        """Continue from the newest complete checkpoint of the output directory, or return `start` where there is none.
+        """Continue from the newest undamaged checkpoint of the output directory, or return `start` where there is none.
 
-        Weights, optimizers and this rank's random states are put back. Raises `CheckpointError` on every rank when the checkpoint is
-        damaged, or belongs to another model, layout or stage of the course, naming both, and `SetupError` when the disk has no room for
-        the next checkpoint: hours of training must not end there.
+        Weights and optimizers are put back under any layout, this rank's random states under the one that wrote them. Raises
+        `CheckpointError` on every rank when all checkpoints are damaged (with `checkpoint.strict` when the newest is) or belong to
+        another model, precision or stage of the course, and `SetupError` when the disk has no room for the next checkpoint: hours of
+        training must not end there.
         """
         owned = sum(_num_bytes_saved(piece.view) for kept in checkpointables.values() for piece in kept.pieces if piece.is_owner)
         needed = sum(collectives.gather_json(owned, self._world))
-        self._together(lambda: self._check_room(needed) if self.layout.rank == 0 else None)
-        found = collectives.gather_json(self._together(self._choose), self._world)[0]
-        if found is None:
+        begun = self._together(lambda: self._begin(needed) if self.layout.rank == 0 else None)
+        number, names = collectives.gather_json(begun, self._world)[0]
+        self._attempt = Attempt(self.directory, number)
+        if not names:
             return start or TrainState()
-        return self._together(lambda: self._restore(self.directory / found, checkpointables))
-
-    def _choose(self) -> str | None:
-        """Name of the checkpoint to continue from; only rank 0 looks, so that all ranks agree."""
-        if self.layout.rank != 0:
-            return None
-        directories = manifests.step_directories(self.directory)
-        if directories and not self.run.checkpoint.resume:
-            raise CheckpointError(
-                f"{self.directory} already holds {directories[-1].name}, but checkpoint.resume is false: set it to true to continue that"
-                " run, or choose another output_dir"
-            )
-        return directories[-1].name if directories else None
-
-    def _restore(self, directory: Path, checkpointables: Mapping[str, Checkpointable]) -> TrainState:
-        manifest = manifests.read_manifest(directory)
-        self._check_same_run(directory, manifest, checkpointables)
-        rank = self.layout.rank
-        for model, kept in checkpointables.items():
-            load_pieces(kept.pieces, CheckpointSource(directory, model))
-            tensors, numbers = _read_own(directory, manifest.files_of("optimizer", model, rank))
-            kept.learner.load_optimizer(tensors, numbers)
-        device.restore_random_states(_read_own(directory, manifest.files_of("random", rank=rank))[0])
+        name, manifest = self._newest_undamaged(names)
+        self._together(lambda: self._read(self.directory / name, manifest, checkpointables))
+        self._parent = name
         return TrainState.from_json(manifest.state)
 
-    def _check_same_run(self, directory: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable]) -> None:
-        if manifest.course != self.course or set(manifest.models) != set(checkpointables):
+    def _begin(self, needed: int) -> tuple[int, list[str]]:
+        """Take over the directory: this start's number, and the checkpoints to continue from, newest first. Rank 0 alone."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        steps = sorted((int(match[1]), path.name) for path in self.directory.iterdir() if (match := STEP_NAME.fullmatch(path.name)))
+        if steps and not self.run.checkpoint.resume:
             raise CheckpointError(
-                f"{directory} is a {manifest.course} checkpoint of {sorted(manifest.models)}; this is a {self.course} run of"
-                f" {sorted(checkpointables)}: choose another output_dir"
+                f"{self.directory} already holds {steps[-1][1]}, but checkpoint.resume is false: set it to true to continue that run, or"
+                " choose another output_dir"
             )
-        if manifest.layout != self._stored_layout():
-            raise CheckpointError(
-                f"{directory} was written by the layout {manifest.layout}; this run has {self._stored_layout()}: continue with the layout"
-                " that wrote it, or start a new output_dir from its weights (model path)"
+        attempt = Attempt.take(self.directory)
+        sweep(self.directory)
+        check_room(self.directory, needed, "a checkpoint needs", "lower checkpoint.keep_last, or move output_dir")
+        steps = sorted((int(match[1]), path.name) for path in self.directory.iterdir() if (match := STEP_NAME.fullmatch(path.name)))
+        return attempt.number, [name for _, name in reversed(steps)]
+
+    def _newest_undamaged(self, names: list[str]) -> tuple[str, Manifest]:
+        """The first of `names` whose every byte is as written; those before it are set aside."""
+        for tried, name in enumerate(names):
+            try:
+                manifest = self._together(partial(self._verified, self.directory / name))
+            except DamageError as error:
+                if self.run.checkpoint.strict:
+                    raise CheckpointError(f"{error}; checkpoint.strict is true: set it to false to continue from an older one") from error
+                self._say(f"{error}; {name} is left aside")
+                continue
+            self._set_aside(names[:tried], name)
+            return name, manifest
+        raise CheckpointError(
+            f"{self.directory}: all {len(names)} checkpoints are damaged, see above: bring one back from a backup, or choose another"
+            " output_dir"
+        )
+
+    def _verified(self, directory: Path) -> Manifest:
+        manifest = manifests.read_manifest(directory)
+        verify_share(directory, manifest, self.layout.rank, self.layout.world_size)
+        return manifest
+
+    def _set_aside(self, damaged: list[str], name: str) -> None:
+        """Damaged checkpoints keep their files, under names that no run continues from."""
+
+        def rename() -> None:
+            for old in damaged:
+                (self.directory / old).rename(self.directory / f"damaged-{self._attempt.number}-{old}")
+
+        if damaged:
+            self._say(f"continuing from {name}")
+            self._together(lambda: rename() if self.layout.rank == 0 else None)
+
+    def _read(self, directory: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable]) -> None:
+        layout = self._stored_layout()
+        check_same_run(directory, manifest, self.course, layout, checkpointables)
+        load(directory, manifest, checkpointables)
+        if manifest.layout == layout:
+            load_random_states(directory, manifest, self.layout.rank)
+        else:
+            self._say(
+                f"{directory.name} was written by the layout {manifest.layout}, this run has {layout}: random states start from the seed"
             )
-        for model, kept in checkpointables.items():
-            if differences := spec_differences(read_spec(directory / model), kept.spec):
-                raise CheckpointError(f"{directory} holds another {model}: {differences}; choose another output_dir or that model's path")
 
     def _stored_layout(self) -> StoredLayout:
         axes = {axis: getattr(self.layout, axis) for axis in ("tensor", "pipeline", "context", "expert", "world_size")}
@@ -231,49 +310,31 @@ class Checkpoints:
             precision=self.run.precision,
         )
 
-    def _sweep(self) -> None:
-        """Remove what killed writers left."""
-        for path in self.directory.iterdir():
-            if path.name.startswith((STAGING, TRASH)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def _say(self, what: str) -> None:
+        if self.layout.rank == 0:
+            print(f"megarl: warning: {what}", file=sys.stderr)
 
     def _together(self, work: Callable[[], Result]) -> Result:
         """Do this rank's part of something on disk; when any rank's part fails, every rank raises."""
 
         def on_disk() -> Result:
-            try:
+            with disk_errors(self.directory, 0):
                 return work()
-            except OSError as error:
-                raise CheckpointError(f"{error.filename or self.directory}: {error.strerror}") from error
 
         return collectives.together(on_disk, self._world)
 
 
-def spec_differences(stored_spec: ModelSpec, run_spec: ModelSpec) -> str:
-    """Fields in which two models differ, both values named; empty when they are the same model."""
-    names = [f.name for f in fields(ModelSpec) if f.name != "hf_config" and getattr(stored_spec, f.name) != getattr(run_spec, f.name)]
-    return ", ".join(f"{name} {getattr(stored_spec, name)} in the checkpoint, {getattr(run_spec, name)} in the run" for name in names)
+def incomplete(shapes: Mapping[str, tuple[int, ...]], files: list[StoredFile]) -> list[str]:
+    """What is wrong with the tensors of one model: every weight once, and what an optimizer holds for a weight once."""
+    tensors = [tensor for file in files for tensor in file.tensors]
+    faults = cover_faults(shapes, [(tensor.name, tensor.box) for tensor in tensors if tensor.slot == "weight"])
+    for slot in sorted({tensor.slot for tensor in tensors} - {"weight"}):
+        boxes = [(tensor.name, tensor.box) for tensor in tensors if tensor.slot == slot]
+        learning = {name: shapes[name] for name, _ in boxes}  # a weight that is frozen has no optimizer state
+        faults += [f"{slot}: {fault}" for fault in cover_faults(learning, boxes)]
+    return faults
 
 
 def _num_bytes_saved(weights: torch.Tensor) -> int:
     """A weight, Adam's two float32 moments, and a float32 copy of what is narrower: known before the optimizer has any state."""
     return weights.nbytes + weights.numel() * (8 if weights.itemsize >= 4 else 12)
-
-
-def _piece_key(piece: Piece) -> str:
-    return piece.hf_name + "|" + ",".join(f"{offset}:{size}" for offset, size in piece.box)
-
-
-def _read_own(directory: Path, files: Mapping[str, StoredFile]) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and numbers of one rank's files, after verifying them."""
-    tensors, numbers = {}, {}
-    if not files:
-        raise CheckpointError(f"{directory} holds weights only; a run continues from what it wrote itself: name it as a model path")
-    for path, file in files.items():
-        manifests.verify(directory, path, file)
-        if path.endswith(".json"):
-            numbers = json.loads((directory / path).read_text())
-        else:
-            with safe_open(directory / path, framework="pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-    return tensors, numbers

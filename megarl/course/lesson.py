@@ -105,9 +105,10 @@ def teach(run: SftRun | RewardRun, layout: ParallelLayout, parts: LessonParts) -
         if is_exam_due(run, state.step):
             with metrics.time("evaluate"):
                 metrics += evaluate(parts, run, layout)
-        parts.log.write(state.step, metrics.reduced(gather))
+        report = metrics.reduced(gather)
+        parts.log.write(state.step, report)
         if parts.checkpoints.due(state):
-            parts.checkpoints.save(state, checkpointables)
+            parts.checkpoints.save(state, checkpointables, report)
     parts.log.close()
     return state
 

@@ -12,6 +12,8 @@ from megarl.metrics import Largest, Metric, Metrics, Total
 from megarl.models import mixture
 from megarl.models.head_sharing import sharing_of
 from megarl.models.learning_rate import lr_at
+from megarl.models.optimizer_pieces import Slot, held_by, optimizer_pieces
+from megarl.models.pieces import Piece
 from megarl.models.replica import Replica, packing_of
 from megarl.parallel import device, groups, pipeline
 from megarl.parallel.collectives import gather_json, sum_over
@@ -47,6 +49,7 @@ class Learner(Replica):
         super().__init__(_wrapped(chunks, parallel), layout, parallel.microbatch_size, packing, sharing)
         self.config, self.total_steps = optimizer, total_steps
         self.num_steps = 0  # optimizer steps tried, skipped ones included: the schedule's clock
+        self.num_updates = 0  # optimizer steps made: Adam's clock
         self._optimizer = megatron_optimizer.get_megatron_optimizer(
             _megatron_config(optimizer, parallel, precision), self.chunks, use_gloo_process_groups=False
         )
@@ -103,39 +106,25 @@ class Learner(Replica):
                 found += [param.data, *(state for key in ("exp_avg", "exp_avg_sq") if (state := inner.state[param].get(key)) is not None)]
         return [tensor for tensor in found if not weights & storages_of([tensor]).keys()]
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Live tensors of this rank's optimizer state: `<optimizer>.<group>.<param>.exp_avg`, `.exp_avg_sq`, and `.main` for
-        float32 copies of weights that the model keeps in another dtype. They exist before the first step too. Names are the same in
-        every run of one model and layout.
+    def optimizer_pieces(self, weights: Sequence[Piece]) -> dict[Slot, list[Piece]]:
+        """This rank's optimizer state in Hugging Face coordinates, given the pieces of this learner's weights: live float32 views by slot.
+
+        They exist before the first step too. Load a state by writing into them, after the weights, and then call `load_counts`.
         """
-        weights = {param.untyped_storage().data_ptr() for chunk in self.chunks for param in chunk.parameters()}
-        tensors = {}
-        for name, param, state in self._parameters():
-            tensors |= {f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-            if param.untyped_storage().data_ptr() not in weights:
-                tensors[f"{name}.main"] = param.data
-        return tensors
+        self._start_state()
+        held = [held for chained in self._optimizer.chained_optimizers for held in held_by(chained)]
+        return optimizer_pieces(held, weights)
 
-    def optimizer_json(self) -> dict[str, Any]:
-        """What the optimizer counts: steps tried, and Adam's own step of each parameter group (skipped updates do not count)."""
-        return {"num_steps": self.num_steps, "adam_steps": {name: int(_adam_step(group, inner)) for name, group, inner in self._groups()}}
+    def counts(self) -> dict[str, int]:
+        """What the learner counts, equal on all ranks: steps tried, and updates made (a skipped one does not count)."""
+        return {"num_steps": self.num_steps, "num_updates": self.num_updates}
 
-    def load_optimizer(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
-        """Makes the optimizer what it was when `optimizer_tensors` and `optimizer_json` were taken, bit for bit.
-
-        Weights are loaded beforehand and apart. Raises KeyError or ValueError for tensors of another model or layout.
-        """
-        live = self.optimizer_tensors()
-        if live.keys() != tensors.keys():
-            raise KeyError(f"optimizer tensors differ: {sorted(live.keys() ^ tensors.keys())[:4]}")
-        for name, tensor in live.items():
-            saved = tensors[name]
-            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                raise ValueError(f"{name}: found {saved.dtype}{list(saved.shape)}; expected {tensor.dtype}{list(tensor.shape)}")
-            tensor.copy_(saved)
-        for name, group, inner in self._groups():
-            _set_adam_step(group, inner, counts["adam_steps"][name])
-        self.num_steps = counts["num_steps"]
+    def load_counts(self, counts: dict[str, int]) -> None:
+        """Puts back what `counts` gave; Adam's bias correction follows it."""
+        self.num_steps, self.num_updates = counts["num_steps"], counts["num_updates"]
+        self._start_state()
+        for _, group, inner in self._groups():
+            _set_adam_step(group, inner, self.num_updates)
 
     @torch.no_grad()
     def _update(self, lr: float) -> float:
@@ -151,6 +140,7 @@ class Learner(Replica):
             for inner in self._optimizer.chained_optimizers:
                 clip_grad_by_total_norm_fp32(inner.get_parameters(), self.config.clip_grad, grad_norm)
         self._optimizer.step_with_ready_grads()
+        self.num_updates += 1
         return grad_norm
 
     def _step_metrics(self, grad_norm: float, lr: float) -> Metrics:
@@ -166,13 +156,12 @@ class Learner(Replica):
                 if group["params"]:
                     yield f"{i}.{g}", group, chained.optimizer
 
-    def _parameters(self):
-        """(name, float32 parameter, its Adam state) in a fixed order; state that does not exist yet is made."""
-        for name, group, inner in self._groups():
-            for p, param in enumerate(group["params"]):
+    def _start_state(self) -> None:
+        """Makes what Adam would make in its first step."""
+        for _, group, inner in self._groups():
+            for param in group["params"]:
                 if not inner.state[param]:
                     _start_adam_state(param, inner)
-                yield f"{name}.{p}", param, inner.state[param]
 
 
 def _wrapped(chunks: Sequence[torch.nn.Module], parallel: ParallelConfig) -> list[torch.nn.Module]:
@@ -211,13 +200,6 @@ def _start_adam_state(param: Tensor, inner: torch.optim.Optimizer) -> None:
     inner.state[param]["exp_avg_sq"] = torch.zeros_like(param.data)
     if isinstance(inner, torch.optim.Adam):
         inner.state[param]["step"] = torch.tensor(0.0, dtype=torch.float32)
-
-
-def _adam_step(group: dict[str, Any], inner: torch.optim.Optimizer) -> float:
-    if isinstance(inner, torch.optim.Adam):
-        state = inner.state[group["params"][0]]
-        return float(state["step"]) if state else 0.0
-    return group.get("step", 0)
 
 
 def _set_adam_step(group: dict[str, Any], inner: torch.optim.Optimizer, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megarl.bridge.boxes import Box, split, within
 from megarl.errors import WeightMapError
 from megarl.models.spec import WeightTable
 from megarl.parallel import device
@@ -22,14 +23,15 @@ from megatron.core.dist_checkpointing.mapping import (  # noqa: E402  (the host 
     is_main_replica,
 )
 
-Box = tuple[tuple[int, int], ...]  # (offset, size) on every axis
+BLOCK_ELEMENTS = 16 << 20  # read at once: what a rank needs beside the model while it loads
 
 
 @dataclass(frozen=True)
 class Piece:
     """The box of a Hugging Face tensor that a view of this rank's parameters holds.
 
-    `view` aliases the parameter, in the parameter's type. `is_owner` is True on exactly one rank for every element of the model.
+    `view` aliases the parameter, in the parameter's type. `is_owner` is True on exactly one rank for every element of the model,
+    `is_shard_owner` on one rank of every data-parallel replica.
     """
 
     hf_name: str
@@ -37,6 +39,7 @@ class Piece:
     view: Tensor
     is_owner: bool
     hf_shape: tuple[int, ...]
+    is_shard_owner: bool = True
 
 
 class TensorSource(Protocol):
@@ -73,7 +76,8 @@ def source_pieces(chunks: Sequence[torch.nn.Module], table: WeightTable) -> list
 def load_pieces(pieces: Sequence[Piece], source: TensorSource) -> None:
     """Copy every piece's box from `source` into the model, cast to the parameter's type.
 
-    Raises `WeightMapError` before the first copy when `source` lacks a tensor or has it in another shape.
+    Of a large box only a block is in memory at a time. Raises `WeightMapError` before the first copy when `source` lacks a tensor or has
+    it in another shape.
     """
     names = set(source.names())
     for piece in pieces:
@@ -84,7 +88,8 @@ def load_pieces(pieces: Sequence[Piece], source: TensorSource) -> None:
             raise WeightMapError(f"{piece.hf_name} has shape {list(shape)} in the weights; the model needs {list(piece.hf_shape)}")
     with torch.no_grad():
         for piece in pieces:
-            piece.view.copy_(source.read(piece.hf_name, piece.box))
+            for block in split(piece.box, BLOCK_ELEMENTS):
+                piece.view[within(block, piece.box)].copy_(source.read(piece.hf_name, block))
 
 
 def _shards(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
@@ -111,4 +116,5 @@ def _pieces_of(shard: ShardedTensor, table: WeightTable) -> Iterator[Piece]:
             view=view[low - first_row : high - first_row],
             is_owner=is_main_replica(shard.replica_id),
             hf_shape=table.hf_shapes[rows.hf_name],
+            is_shard_owner=is_main_replica(shard.replica_id[:-1]),  # the last entry counts data-parallel replicas
         )

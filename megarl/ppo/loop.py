@@ -61,5 +61,5 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
         parts.log.write(state.step, report + evaluation.metrics, parts.judge.samples(trajectories, run.log.samples), evaluation.samples)
         if parts.checkpoints.due(state):
             with parts.memory.saving():
-                parts.checkpoints.save(state, parts.checkpointables)
+                parts.checkpoints.save(state, parts.checkpointables, report + evaluation.metrics)
     return state

@@ -59,7 +59,7 @@ def restore(**settings) -> dict:
     import torch
     from safetensors.torch import load_file
 
-    from megarl.checkpoint.store import _piece_key
+    from megarl.checkpoint.files import plan_files
     from megarl.course.lesson import build_parts
     from megarl.course.sft import HEADLINE, DemonstrationSet, Imitation
     from megarl.parallel import device, groups
@@ -71,16 +71,11 @@ def restore(**settings) -> dict:
     random = device.random_states()
     step = run.output_dir / "checkpoints" / "step-00000003"
 
-    def equal(live: dict, file: Path) -> bool:
-        stored = load_file(file) if file.exists() else {}
-        return live.keys() == stored.keys() and all(torch.equal(live[key].cpu(), stored[key]) for key in stored)
-
-    owned = {_piece_key(piece): piece.view for piece in parts.student.pieces if piece.is_owner}
-    report = {
-        "step": state.step,
-        "weights": equal(owned, step / "actor" / f"weights-{layout.rank:05d}.safetensors"),
-        "optimizer": equal(parts.student.learner.optimizer_tensors(), step / "actor" / f"optimizer-{layout.rank:05d}.safetensors"),
-        "random": equal(random, step / f"random-{layout.rank:05d}.safetensors"),
-    }
+    equal = {"weights": True, "optimizer": True, "random": True}
+    for planned in plan_files(layout.rank, {"actor": parts.student}):
+        live, stored = random if planned.entry.kind == "random" else planned.tensors, load_file(step / planned.path)
+        same = live.keys() == stored.keys() and all(torch.equal(live[key].cpu(), stored[key]) for key in stored)
+        equal[planned.entry.kind] = equal[planned.entry.kind] and same
+    report = {"step": state.step, **equal}
     parts.log.close()
     return report

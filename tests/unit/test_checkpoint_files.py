@@ -1,6 +1,9 @@
 """Files of a checkpoint: tensors survive exactly, damage is seen, covers are exact, progress is a value."""
 
+import hashlib
 import json
+import random
+import shutil
 
 import pytest
 import torch
@@ -10,11 +13,24 @@ from safetensors.torch import load_file
 
 from megarl.bridge.plan import num_elements
 from megarl.checkpoint import manifest as manifests
-from megarl.checkpoint.manifest import FORMAT, Manifest, StoredFile, StoredLayout, StoredModel, read_manifest, step_directories, verify
+from megarl.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    MANIFEST_HASH,
+    STEP_NAME,
+    Manifest,
+    StoredFile,
+    StoredLayout,
+    StoredModel,
+    manifest_hash_line,
+    read_manifest,
+    step_directories,
+    verify,
+)
 from megarl.checkpoint.publish import point_to, publish, versions
 from megarl.checkpoint.sharded import TensorEntry, cover_faults, measure, write_tensors, write_text
 from megarl.checkpoint.train_state import TrainState
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, DamageError
 
 
 def entries_of(tensors):
@@ -88,20 +104,37 @@ def test_train_state_refuses_what_it_did_not_write(change):
 def make_checkpoint(directory, name="step-00000001"):
     staging = directory / f".staging-{name}"
     staging.mkdir(parents=True)
-    written = write_text(staging / "a.txt", "what was written")
-    file = StoredFile(kind="config", num_bytes=written.num_bytes, sha256=written.sha256)
+    tensors = {"w": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5, -2.0]).bfloat16()}
+    written = {
+        "a.txt": write_text(staging / "a.txt", "what was written"),
+        "w.safetensors": write_tensors(staging / "w.safetensors", entries_of(tensors), lambda e: tensors[e.key]),
+    }
+    files = {path: StoredFile(kind="config", num_bytes=file.num_bytes, sha256=file.sha256) for path, file in written.items()}
     manifest = Manifest(
         format=FORMAT,
         course="sft",
-        state=TrainState().to_json(),
+        state=TrainState(step=int(STEP_NAME.fullmatch(name)[1]), kl_coef=0.05).to_json(),
         layout=StoredLayout(),
         models={"actor": StoredModel(shapes={"w": (2, 3)})},
-        files={"a.txt": file},
+        files=files,
         versions=versions(),
     )
     publish(staging, directory / name, manifest)
     point_to(directory / name)
     return directory / name, manifest
+
+
+def rewrite(directory, change):
+    """Another manifest, in good order otherwise."""
+    content = change(json.loads((directory / MANIFEST).read_text()))
+    data = json.dumps(content).encode()
+    (directory / MANIFEST).write_bytes(data)
+    (directory / MANIFEST_HASH).write_bytes(manifest_hash_line(hashlib.sha256(data).hexdigest()))
+
+
+def check(directory):
+    for path, file in read_manifest(directory).files.items():
+        verify(directory, path, file)
 
 
 def test_manifest_survives_and_the_pointer_follows(tmp_path):
@@ -122,31 +155,67 @@ def test_unfinished_directories_are_not_checkpoints(tmp_path):
     assert manifests.find_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damage_is_seen_before_use(tmp_path, damage):
+def test_every_flipped_bit_is_seen(tmp_path):
+    directory, _ = make_checkpoint(tmp_path)
+    check(directory)
+    rng, files = random.Random(0), sorted(directory.iterdir())
+    for _ in range(1000):
+        path = rng.choice(files)
+        before = path.read_bytes()
+        data = bytearray(before)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(DamageError, match=path.name):
+            check(directory)
+        path.write_bytes(before)
+    check(directory)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "w.safetensors", MANIFEST, MANIFEST_HASH])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "remove", "longer"])
+def test_damage_is_seen_before_use(tmp_path, name, damage):
+    directory, _ = make_checkpoint(tmp_path)
+    path = directory / name
+    data = path.read_bytes()
+    changed = {"truncate": data[:-1], "empty": b"", "longer": data + b"\0"}
+    path.unlink() if damage == "remove" else path.write_bytes(changed[damage])
+    with pytest.raises(DamageError, match=name):
+        check(directory)
+
+
+def test_damage_is_described(tmp_path):
     directory, manifest = make_checkpoint(tmp_path)
-    path = directory / "a.txt"
-    data = bytearray(path.read_bytes())
-    data[3] ^= 1
-    {"flip": lambda: path.write_bytes(data), "truncate": lambda: path.write_bytes(data[:-1]), "remove": path.unlink}[damage]()
-    with pytest.raises(CheckpointError, match="a.txt"):
-        verify(directory, "a.txt", manifest.files["a.txt"])
+    (directory / "a.txt").write_text("what was w\x01itten")
+    found = hashlib.sha256((directory / "a.txt").read_bytes()).hexdigest()
+    with pytest.raises(DamageError, match=f"a.txt has SHA-256 {found}; its manifest says {manifest.files['a.txt'].sha256}"):
+        check(directory)
+
+
+def test_swapped_files_and_a_manifest_of_another_step_are_seen(tmp_path):
+    first, _ = make_checkpoint(tmp_path)
+    second, _ = make_checkpoint(tmp_path, "step-00000002")
+    for name in (MANIFEST, MANIFEST_HASH):
+        shutil.copy(first / name, second / name)
+    with pytest.raises(DamageError, match="is of step 1; its directory is called step-00000002"):
+        read_manifest(second)
+    (first / "a.txt").rename(first / "kept")
+    (first / "w.safetensors").rename(first / "a.txt")
+    (first / "kept").rename(first / "w.safetensors")
+    with pytest.raises(DamageError, match="a.txt"):
+        check(first)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "..\\b", ""])
 def test_manifest_may_not_name_files_outside(tmp_path, name):
     directory, _ = make_checkpoint(tmp_path)
-    content = json.loads((directory / "manifest.json").read_text())
-    content["files"] = {name: content["files"]["a.txt"]}
-    (directory / "manifest.json").write_text(json.dumps(content))
+    rewrite(directory, lambda content: content | {"files": {name: content["files"]["a.txt"]}})
     with pytest.raises(CheckpointError, match="outside"):
         read_manifest(directory)
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"surprise": 1}, {"models": {"judge": {"shapes": {}}}}, {"files": 3}])
+@pytest.mark.parametrize("change", [{"format": 1}, {"surprise": 1}, {"models": {"judge": {"shapes": {}}}}, {"files": 3}])
 def test_malformed_manifests_are_refused(tmp_path, change):
     directory, _ = make_checkpoint(tmp_path)
-    content = json.loads((directory / "manifest.json").read_text())
-    (directory / "manifest.json").write_text(json.dumps(content | change))
+    rewrite(directory, lambda content: content | change)
     with pytest.raises(CheckpointError, match="manifest.json"):
         read_manifest(directory)

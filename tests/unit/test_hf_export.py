@@ -17,7 +17,7 @@ from megarl.checkpoint.export_proof import check_names
 from megarl.checkpoint.hf_export import export
 from megarl.checkpoint.hf_files import tokenizer_note
 from megarl.checkpoint.hf_import import import_hf
-from megarl.checkpoint.manifest import read_manifest
+from megarl.checkpoint.manifest import manifest_hash_line, read_manifest
 from megarl.checkpoint.model_card import load_snippet
 from megarl.checkpoint.sharded import TensorEntry, whole
 from megarl.checkpoint.sources import CheckpointSource, SafetensorsSource, open_weights
@@ -369,7 +369,9 @@ def test_every_element_is_there_exactly_once(imported, tmp_path, fault):
     content = json.loads((damaged / "manifest.json").read_text())
     file = content["files"]["actor/weights-00000.safetensors"]
     file["tensors"] = file["tensors"][1:] if fault == "lost" else [*file["tensors"], file["tensors"][0]]
-    (damaged / "manifest.json").write_text(json.dumps(content))
+    data = json.dumps(content).encode()
+    (damaged / "manifest.json").write_bytes(data)
+    (damaged / "manifest.json.sha256").write_bytes(manifest_hash_line(hashlib.sha256(data).hexdigest()))
     with pytest.raises(CheckpointError, match={"lost": "elements", "twice": "held twice"}[fault]):
         export(damaged, tmp_path / "out")
 

@@ -139,14 +139,16 @@ def computed(case: Layout) -> dict:
 
 def taught(learner: Learner, pieces: list, source: DictSource, step: Callable[[], Metrics]) -> dict:
     """The metrics of a step and its gradient; then, from the same start again, the weights after two steps and the second's metrics."""
-    optimizer = {name: tensor.clone() for name, tensor in learner.optimizer_tensors().items()}
-    counts, settings = learner.optimizer_json(), learner.config
+    optimizer = [(piece.view, piece.view.clone()) for held in learner.optimizer_pieces(pieces).values() for piece in held]
+    counts, settings = learner.counts(), learner.config
     learner.config = settings.model_copy(update={"lr": GRADIENT_LR})
     first = step().to_json()
     gradient = updated_weights(pieces)
     load_pieces(pieces, source)
     learner.refresh_main_params()
-    learner.load_optimizer(optimizer, counts)
+    for view, before in optimizer:
+        view.copy_(before)
+    learner.load_counts(counts)
     learner.config = settings
     step()
     return {"first": first, "gradient": gradient, "second": step().to_json(), "weights": updated_weights(pieces)}

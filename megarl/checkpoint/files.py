@@ -1,0 +1,117 @@
+"""What one rank writes of a checkpoint: which tensors go into which file, and their copies in host memory.
+
+Every element of every weight, moment and master is written by exactly one rank. Large amounts are dealt to several files, which are
+written, hashed and verified side by side.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megarl.checkpoint.manifest import StoredFile, StoredTensor
+from megarl.checkpoint.publish import NOT_WRITTEN, stored
+from megarl.checkpoint.sharded import DTYPE_NAMES
+from megarl.models.family import ModelSpec
+from megarl.models.learner import Learner
+from megarl.models.pieces import Piece
+from megarl.parallel import device
+
+FILE_BYTES = 64 << 20  # less is not worth another file
+MAX_FILES = 4  # of one kind, a model and rank: as many are written at once
+
+
+class Checkpointable(Protocol):
+    """What a checkpoint keeps of a trained model: `Actor`, `Critic`, and the student of a lesson."""
+
+    spec: ModelSpec
+    pieces: Sequence[Piece]
+    learner: Learner
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file that this rank will write: tensors by key, and the manifest's entry without size and hash."""
+
+    path: str
+    entry: StoredFile
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_files(rank: int, checkpointables: Mapping[str, Checkpointable]) -> list[PlannedFile]:
+    """The files of this rank, with live tensors: what its models own, and its random states."""
+    plan = []
+    for model, kept in checkpointables.items():
+        weights = {_key("weight", piece): ("weight", piece) for piece in kept.pieces if piece.is_owner}
+        state = {
+            _key(slot, piece): (slot, piece)
+            for slot, pieces in kept.learner.optimizer_pieces(kept.pieces).items()
+            for piece in pieces
+            if piece.is_owner
+        }
+        plan += _dealt("weights", model, rank, weights) + _dealt("optimizer", model, rank, state)
+    random = stored("random", NOT_WRITTEN, rank=rank)
+    return [*plan, PlannedFile(f"random-{rank:05d}.safetensors", random, device.random_states())]
+
+
+class HostBuffers:
+    """Copies of a plan's tensors in host memory, pinned on a GPU host; the memory is kept for the next copy."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def copy(self, plan: Sequence[PlannedFile]) -> list[PlannedFile]:
+        """The same plan with copies that training leaves alone. Returns when they are complete."""
+        copied = []
+        for file in plan:
+            buffers = {key: self._buffer(file.path, key, tensor) for key, tensor in file.tensors.items()}
+            for key, buffer in buffers.items():
+                buffer.copy_(file.tensors[key], non_blocking=True)
+            copied.append(replace(file, tensors=buffers))
+        device.synchronize()
+        return copied
+
+    def _buffer(self, path: str, key: str, like: Tensor) -> Tensor:
+        found = self._buffers.get((path, key))
+        if found is None or found.shape != like.shape or found.dtype != like.dtype:
+            found = self._buffers[path, key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=device.is_cuda())
+        return found
+
+
+def _dealt(kind: str, model: str, rank: int, held: Mapping[str, tuple[str, Piece]]) -> list[PlannedFile]:
+    """The tensors in files of about equal size: largest first, each to the file that has least."""
+    if not held:
+        return []
+    total = sum(piece.view.nbytes for _, piece in held.values())
+    shares: list[dict[str, tuple[str, Piece]]] = [{} for _ in range(min(MAX_FILES, len(held), math.ceil(total / FILE_BYTES)))]
+    sizes = [0] * len(shares)
+    for key, (slot, piece) in sorted(held.items(), key=lambda item: (-item[1][1].view.nbytes, item[0])):
+        least = sizes.index(min(sizes))
+        shares[least][key] = (slot, piece)
+        sizes[least] += piece.view.nbytes
+    files = []
+    for number, share in enumerate(shares):
+        tensors = tuple(
+            StoredTensor(key=key, name=piece.hf_name, box=piece.box, dtype=DTYPE_NAMES[piece.view.dtype], slot=slot)
+            for key, (slot, piece) in sorted(share.items())
+        )
+        entry = stored(kind, NOT_WRITTEN, model=model, rank=rank, tensors=tensors)
+        path = f"{model}/{kind}-{rank:05d}-{number}.safetensors"
+        files.append(PlannedFile(path, entry, {key: piece.view for key, (_, piece) in share.items()}))
+    return files
+
+
+def _key(slot: str, piece: Piece) -> str:
+    box = ",".join(f"{offset}:{size}" for offset, size in piece.box)
+    return f"{piece.hf_name}|{box}" if slot == "weight" else f"{slot}|{piece.hf_name}|{box}"

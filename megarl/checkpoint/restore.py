@@ -1,0 +1,73 @@
+"""Reading one checkpoint back into a run: every byte is checked first, then each rank reads the boxes that its layout needs."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+from megarl.checkpoint import manifest as manifests
+from megarl.checkpoint.files import MAX_FILES, Checkpointable
+from megarl.checkpoint.manifest import Manifest, StoredLayout
+from megarl.checkpoint.sources import CheckpointFiles, CheckpointSource
+from megarl.errors import CheckpointError
+from megarl.models.family import ModelSpec, read_spec
+from megarl.models.pieces import load_pieces
+from megarl.parallel import device
+
+
+def verify_share(directory: Path, manifest: Manifest, rank: int, world_size: int) -> None:
+    """Verify this rank's share of all files, the ones it wrote itself where as many ranks wrote; together the ranks read each byte once.
+
+    Raises `DamageError`, naming the first damaged file.
+    """
+    mine = [(path, file) for path, file in manifest.files.items() if file.rank % world_size == rank]
+    with ThreadPoolExecutor(MAX_FILES, "checkpoint-verify") as readers:
+        for _ in readers.map(lambda item: manifests.verify(directory, *item), mine):
+            pass
+
+
+def check_same_run(
+    directory: Path, manifest: Manifest, course: str, layout: StoredLayout, checkpointables: Mapping[str, Checkpointable]
+) -> None:
+    """Raise `CheckpointError` when the checkpoint is of another stage, precision or model than this run. The layout may be another."""
+    if manifest.course != course or set(manifest.models) != set(checkpointables):
+        raise CheckpointError(
+            f"{directory} is a {manifest.course} checkpoint of {sorted(manifest.models)}; this is a {course} run of"
+            f" {sorted(checkpointables)}: choose another output_dir"
+        )
+    if manifest.layout.precision != layout.precision:
+        raise CheckpointError(
+            f"{directory} was written in precision {manifest.layout.precision}; this run has {layout.precision}: set precision back, or"
+            " start a new output_dir from its weights (model path)"
+        )
+    for model, kept in checkpointables.items():
+        if differences := spec_differences(read_spec(directory / model), kept.spec):
+            raise CheckpointError(f"{directory} holds another {model}: {differences}; choose another output_dir or that model's path")
+        if not manifest.models[model].counts:
+            raise CheckpointError(f"{directory} holds weights only; a run continues from what it wrote itself: name it as a model path")
+
+
+def load(directory: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable]) -> None:
+    """Read what this rank holds of every model, weights and optimizer state, from verified files.
+
+    Beside the model itself a rank needs memory for one block of a tensor.
+    """
+    files = CheckpointFiles(directory, manifest, is_verified=True)
+    for model, kept in checkpointables.items():
+        load_pieces(kept.pieces, CheckpointSource(directory, model, files=files))
+        for slot, pieces in kept.learner.optimizer_pieces(kept.pieces).items():
+            load_pieces(pieces, CheckpointSource(directory, model, slot, files))
+        kept.learner.load_counts(manifest.models[model].counts)
+
+
+def load_random_states(directory: Path, manifest: Manifest, rank: int) -> None:
+    """Put back what `rank` had. Only ranks of the layout that wrote the checkpoint call it."""
+    files = CheckpointFiles(directory, manifest, is_verified=True)
+    for path in manifest.files_of("random", rank=rank):
+        device.restore_random_states(files.read_all(path))
+
+
+def spec_differences(stored_spec: ModelSpec, run_spec: ModelSpec) -> str:
+    """Fields in which two models differ, both values named; empty when they are the same model."""
+    names = [f.name for f in fields(ModelSpec) if f.name != "hf_config" and getattr(stored_spec, f.name) != getattr(run_spec, f.name)]
+    return ", ".join(f"{name} {getattr(stored_spec, name)} in the checkpoint, {getattr(run_spec, name)} in the run" for name in names)
