@@ -168,7 +168,7 @@ class RolloutConfig(Section):
     prompts_per_step: Positive = 64
     samples_per_prompt: Positive = 1
     max_response_tokens: Positive = 128
-    temperature: Annotated[float, Field(ge=0.01)] = 1.0  # below this vLLM samples at another temperature than it is told
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0  # vLLM samples hotter than a lower one and refuses a higher one
     kv_cache_bytes: NotNegative = 0  # a rank, for vLLM's KV cache; 0: a part of the GPU (gpu_memory_fraction) or 256 MiB on a CPU
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     eager: bool = False  # True: no CUDA graphs
