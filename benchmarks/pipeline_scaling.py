@@ -28,7 +28,7 @@ from megarl.ppo.roles import Actor
 from tests.ranks import run_ranks
 
 VOCABULARY = 8192
-PAUSES = {"F": 0.08, "H": 0.04, "B": 0.16}  # seconds; with them eight stages need half of one core
+PAUSES = {"F": 0.08, "H": 0.04, "B": 0.16}  # seconds; with them eight stages stay within two cores
 ASLEEP = {"vocab_size": 512, "width": 32}  # and a layer a stage
 KINDS = {"F": "_forward_step", "H": "_head_step", "B": "_backward_step"}
 
