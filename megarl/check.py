@@ -14,7 +14,7 @@ from rich.table import Table
 
 from megarl.config import PpoRun, Run
 from megarl.config_file import draft_run, to_yaml
-from megarl.cross_check import cross_check, layout_of, longest_row, longest_sequence, smallest_world, started_on
+from megarl.cross_check import cross_check, layout_of, longest_row, longest_sequence, num_generators, smallest_world, started_on
 from megarl.data.pack_size import token_budget
 from megarl.errors import ConfigError
 from megarl.models.family import ModelSpec, Role
@@ -150,11 +150,15 @@ def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
     if isinstance(run, PpoRun):
         sequences = run.rollout.prompts_per_step * run.rollout.samples_per_prompt
         minibatches = sequences // batch.size
-        replicas = inspection.world_size // run.rollout.tensor_parallel
+        replicas = num_generators(run, inspection.world_size)
+        where = {"colocated": "", "separate": " beside the trainer's ranks", "remote": " that join from elsewhere"}[run.rollout.placement]
         updates = run.ppo.total_steps * run.ppo.num_epochs * minibatches
         frozen = min(run.ppo.critic_warmup_steps, run.ppo.total_steps) * run.ppo.num_epochs * minibatches
         rows += [
-            ("generators", f"{replicas} replicas x tensor {run.rollout.tensor_parallel}, about {sequences / replicas:.4g} sequences each"),
+            (
+                "generators",
+                f"{replicas} replicas x tensor {run.rollout.tensor_parallel}{where}, about {sequences / replicas:.4g} sequences each",
+            ),
             (
                 "batch",
                 f"prompts {run.rollout.prompts_per_step} x samples {run.rollout.samples_per_prompt} = {sequences} sequences ="
@@ -229,7 +233,7 @@ def _notices(run: Run, world_size: int, specs: dict[str, ModelSpec]) -> list[str
         )
     if isinstance(run, PpoRun):
         sequences = run.rollout.prompts_per_step * run.rollout.samples_per_prompt
-        replicas = world_size // run.rollout.tensor_parallel
+        replicas = num_generators(run, world_size)
         if per_node is not None and run.rollout.tensor_parallel > per_node:
             found.append(f"rollout.tensor_parallel {run.rollout.tensor_parallel} spans nodes of {per_node} ranks")
         if sequences < replicas:
@@ -268,7 +272,8 @@ def _print_memory(console: Console, inspection: Inspection) -> None:
         whole = actor.num_parameters("actor")
         width = 2 if run.precision == "bf16" else 4
         generator = _memory_row(table, "generator", Memory(whole, whole * width // run.rollout.tensor_parallel, 0, 0))
-        _sum_row(table, "sum while generating", training + generator)
+        if run.rollout.placement == "colocated":
+            _sum_row(table, "sum while generating", training + generator)
     _sum_row(table, "sum while learning" if isinstance(run, PpoRun) else "sum", training)
     console.print(table)
 

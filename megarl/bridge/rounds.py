@@ -2,8 +2,8 @@
 
 This is a greedy colouring of the edges between senders and receivers. The ranks of one generator replica go through the layers
 together; a layer that was begun goes on in the next rounds until it is complete, so that what the receiver stages of it stays for a
-short time. A replica that is free turns to the trainer's stage that has most left to send, and there to the team of holders that has sent
-least: only to teams whose time is not taken by layers that are open, so that an open layer is never held up.
+short time. A replica that is free turns to the trainer's stage that has most left to send, to all and to itself, and there to the team
+of holders that has sent least: only to teams whose time is not taken by layers that are open, so that an open layer is never held up.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from megarl.bridge.demand import Demand, Numbers
 from megarl.bridge.senders import Structure, Teams
 
-TOLERANCE = 0.05  # of a rank's time, in which rates are rounded
+TOLERANCE = 0.15  # of a rank's time, in which rates are rounded
 LOOK_AHEAD = 64  # slices tried at once
 WORTHWHILE = 16  # a layer is begun in a round in which the receivers have at least this part of the round left
 
@@ -158,7 +158,9 @@ class _Replica:
         spare = 1 + TOLERANCE - sum(block.receive_rate for block in self.open)
         if spare <= 0 or int(state.to_receive[self.rows].min()) * WORTHWHILE < state.limit:
             return None
-        for stage in sorted(self.stages, key=lambda stage: -state.unsent[stage.family]):
+        for stage in sorted(
+            self.stages, key=lambda stage: -(state.unsent[stage.family] + stage.size * len(stage.layers) / len(self.ranks))
+        ):
             team = stage.free_team(state, spare)
             if team is None:
                 continue

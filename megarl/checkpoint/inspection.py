@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import LATEST, Manifest, StoredFile
 from megarl.checkpoint.model_card import run_digest
+from megarl.checkpoint.publish import STAGING, TRASH
 from megarl.checkpoint.sharded import TensorEntry, cover_faults, measure
 from megarl.checkpoint.sources import CheckpointSource, SafetensorsSource
 from megarl.checkpoint.streams import row_blocks
@@ -20,7 +21,7 @@ from megarl.errors import CheckpointError, MegarlError
 from megarl.models.decoder_table import SCALAR_HEAD
 from megarl.models.pieces import TensorSource
 
-NOT_IN_MANIFEST = {manifests.MANIFEST, "manifest.json.sha256"}
+NOT_IN_MANIFEST = {manifests.MANIFEST, manifests.MANIFEST_HASH}
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def _open(path: Path, model: str | None) -> TensorSource:
 def _listed(directory: Path, latest: str) -> Listed:
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(directory.stat().st_mtime))
     if not manifests.STEP_NAME.fullmatch(directory.name):
-        return Listed(directory.name, "left over: swept when the run starts again", written=written)
+        is_swept = directory.name.startswith((STAGING, TRASH))
+        return Listed(directory.name, "left over: swept when the run starts again" if is_swept else "set aside", written=written)
     try:
         manifest = manifests.read_manifest(directory)
     except MegarlError as error:

@@ -1,13 +1,13 @@
 """Reading one checkpoint back into a run: every byte is checked first, then each rank reads the boxes that its layout needs."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.files import MAX_FILES, Checkpointable
 from megarl.checkpoint.manifest import Manifest, StoredLayout
+from megarl.checkpoint.side_by_side import side_by_side
 from megarl.checkpoint.sources import CheckpointFiles, CheckpointSource
 from megarl.errors import CheckpointError
 from megarl.models.family import ModelSpec, read_spec
@@ -21,9 +21,7 @@ def verify_share(directory: Path, manifest: Manifest, rank: int, world_size: int
     Raises `DamageError`, naming the first damaged file.
     """
     mine = [(path, file) for path, file in manifest.files.items() if file.rank % world_size == rank]
-    with ThreadPoolExecutor(MAX_FILES, "checkpoint-verify") as readers:
-        for _ in readers.map(lambda item: manifests.verify(directory, *item), mine):
-            pass
+    side_by_side(lambda item: manifests.verify(directory, *item), mine, MAX_FILES)
 
 
 def check_same_run(

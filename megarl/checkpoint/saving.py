@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from megarl.checkpoint.files import MAX_FILES, PlannedFile
 from megarl.checkpoint.manifest import StoredFile
 from megarl.checkpoint.publish import with_digest
 from megarl.checkpoint.sharded import TensorEntry, sync, write_tensors, write_text
+from megarl.checkpoint.side_by_side import side_by_side
 from megarl.errors import CheckpointError, MegarlError
 
 POLL_S = (0.005, 0.5)  # between two looks for the others' notes: at first, at last
@@ -54,8 +54,9 @@ class SaveJob:
 
     def write(self) -> None:
         """Write this rank's files and the note that says so. Raises `CheckpointError`, on a full disk with needed and free bytes."""
-        with disk_errors(self.staging, self.num_bytes), ThreadPoolExecutor(MAX_FILES, "checkpoint-file") as writers:
-            written = dict(zip((file.path for file in self.plan), writers.map(self._write_file, self.plan), strict=True))
+        with disk_errors(self.staging, self.num_bytes):
+            entries = side_by_side(self._write_file, self.plan, MAX_FILES)
+            written = dict(zip((file.path for file in self.plan), entries, strict=True))
             for folder in {(self.staging / path).parent for path in written}:
                 sync(folder)
             note = self.staging / _note(self.rank)

@@ -126,11 +126,13 @@ class Checkpoints:
         """The end of a save in the background, on every rank."""
         pending, self._pending = self._pending, None
         assert pending is not None
-        if any(collectives.gather_json(pending.has_failed, self._world)):
+        failed = collectives.gather_json(pending.has_failed, self._world)
+        if any(failed):
             pending.job.is_given_up.set()
         pending.wait()
+        is_in_vain = any(failed) and not failed[self.layout.rank]
         try:
-            collectives.agree(pending.error, self._world)
+            collectives.agree(None if is_in_vain else pending.error, self._world)
         except MegarlError as error:
             self._fail(error, pending.job.name, is_last=False)
         else:

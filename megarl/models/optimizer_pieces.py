@@ -5,6 +5,8 @@ holds the state of a flat range of them, which rarely starts or ends at a row: s
 holds boxes of Hugging Face tensors, and a rank of any other layout reads those that it needs.
 """
 
+import bisect
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,16 +38,21 @@ def optimizer_pieces(held: Sequence[Held], weights: Sequence[Piece]) -> dict[Slo
 
     `weights` are the pieces of the model's parameters; parts of a parameter that no piece covers (padding of the vocabulary) get none.
     """
-    by_storage: dict[int, list[Held]] = defaultdict(list)
+    by_storage: dict[int, list[tuple[int, Held]]] = defaultdict(list)
     for item in held:
-        by_storage[_storage(item.param)].append(item)
+        by_storage[_storage(item.param)].append((item.param.storage_offset() + item.start, item))
+    for listed in by_storage.values():
+        listed.sort(key=_start)
     found: dict[Slot, list[Piece]] = {}
     for piece in weights:
         assert piece.view.is_contiguous(), piece.hf_name
         first, size = piece.view.storage_offset(), piece.view.numel()
-        for item in by_storage[_storage(piece.view)]:
-            start = item.param.storage_offset() + item.start
+        listed = by_storage[_storage(piece.view)]
+        at_or_before = max(0, bisect.bisect_right(listed, first, key=_start) - 1)
+        for start, item in itertools.islice(listed, at_or_before, None):
             low, high = max(first, start), min(first + size, start + item.count)
+            if start >= first + size:
+                break
             if low >= high:
                 continue
             is_owner = piece.is_shard_owner if item.is_sharded else piece.is_owner
@@ -109,6 +116,10 @@ def _in_row(box: Box, low: int, high: int) -> list[tuple[Box, int]]:
     row = num_elements(rest)
     index = low // row
     return [(((offset + index, 1), *part), at + index * row) for part, at in flat_boxes(rest, low - index * row, high - index * row)]
+
+
+def _start(listed: tuple[int, Held]) -> int:
+    return listed[0]
 
 
 def _storage(tensor: Tensor) -> int:

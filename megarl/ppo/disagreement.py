@@ -128,8 +128,8 @@ def _scale_and_shift(whole: Disagreement, tolerance: float) -> list[str]:
     n = whole.num_tokens
     s, t, ss, tt, st = (moment / n for moment in whole.moments)
     variance_s, variance_t, covariance = ss - s * s, tt - t * t, st - s * t
-    if variance_s <= 0 or variance_t <= 0:
-        return []
+    if variance_s <= 0 or variance_t <= 0:  # one side calls everything equally likely
+        return [_other_weights()]
     correlation, slope = covariance / math.sqrt(variance_s * variance_t), covariance / variance_s
     spread = math.sqrt(max(0.0, variance_s + variance_t - 2 * covariance))  # of d
     if abs(t - s) > max(tolerance, 5 * spread):
@@ -143,7 +143,7 @@ def _scale_and_shift(whole: Disagreement, tolerance: float) -> list[str]:
             f"the trainer's log-probabilities are about {slope:.2f} times the sampler's: rollout.temperature (or a scale or soft cap of the"
             " logits) is applied on one side only"
         ]
-    return [_rounding()] if correlation > 0.9 else [_other_weights()] if correlation < 0.5 else [_other_weights(), _rounding()]
+    return [_rounding()] if correlation > 0.9 else [_other_weights()]
 
 
 def _other_weights() -> str:

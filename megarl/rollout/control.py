@@ -117,7 +117,10 @@ class Listener:
     def unix(cls, path: Path, token: bytes) -> "Listener":
         """On the same host; `path` lies in a directory of this user alone."""
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listening.bind(str(path))
+        try:
+            listening.bind(str(path))
+        except OSError as error:  # most likely a path of more than some 100 bytes
+            raise RolloutError(f"cannot listen at {path} ({error}); set TMPDIR to a shorter directory of this host") from None
         os.chmod(path, 0o600)
         return cls(listening, f"unix:{path}", token)
 

@@ -111,6 +111,9 @@ def start_here(first_replica: int, devices: Sequence[tuple[int, ...]]) -> Genera
                 replicas.append(Children(Replica(first_replica + index, own, listener.address, token_path, Path(folder.name))))
             while len(channels) < tensor * len(devices):
                 _accept(listener, channels, START_TIMEOUT_S, replicas)
+        token_path.unlink()  # everybody has read it
+        if tensor == 1:
+            folder.cleanup()  # nobody has anybody to meet there
     except BaseException:
         for replica in replicas:
             replica.stop()

@@ -118,13 +118,8 @@ class Rank:
         from megarl.parallel.layout import RolloutLayout
 
         tensor, patience = int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            device.process_group_backend(),
-            init_method=f"file://{self.rendezvous}",
-            rank=self.rank,
-            world_size=tensor,
-            timeout=patience,
-        )
+        store = dist.HashStore() if tensor == 1 else dist.FileStore(str(self.rendezvous), tensor)
+        dist.init_process_group(device.process_group_backend(), store=store, rank=self.rank, world_size=tensor, timeout=patience)
         layout = groups.initialize(ParallelConfig(tensor=tensor), seed=0)
         from megarl.rollout.vllm_generator import GeneratorEngine
 

@@ -7,9 +7,10 @@ import torch
 
 from tests.course.lesson_files import reward_run, sft_run, write_files
 from tests.ranks import run_ranks
-from tests.tiny_hf import MIXTURES, save_tiny
+from tests.tiny_hf import KINDS, MIXTURES, save_tiny, tiny_config
 
-ACTORS = ("llama", "llama3-tied", "qwen2", "qwen3-tied", "mixtral", "qwen3-moe")
+ACTORS = tuple(kind for kind in KINDS | MIXTURES if not kind.endswith("critic"))
+REWARD_MODELS = ("llama3-tied", "gemma3")  # made of these language models
 TOKENS = torch.arange(3, 3 + 2 * 12).view(2, 12)
 TP2PP2 = {"tensor": 2, "pipeline": 2, "sequence": True, "microbatch_size": 2}
 OTHER = {"tensor": 1, "pipeline": 2, "microbatch_size": 2}
@@ -29,8 +30,9 @@ def train_and_read(rank: int, world_size: int, root: Path) -> dict[str, torch.Te
         parallel = TP2PP2 | ({"expert": 2} if kind in MIXTURES else {})
         run = sft_run(root, f"out-{kind}", 1, parallel=parallel, model={"path": root / kind, "optimizer": {"lr": 1e-3}})
         train_sft(run, groups.initialize(run.parallel, run.seed))
-    run = reward_run(root, "out-reward", 1, parallel=TP2PP2, model={"path": root / "llama3-tied", "optimizer": {"lr": 1e-3}})
-    train_reward(run, groups.initialize(run.parallel, run.seed))
+    for kind in REWARD_MODELS:
+        run = reward_run(root, f"out-reward-{kind}", 1, parallel=TP2PP2, model={"path": root / kind, "optimizer": {"lr": 1e-3}})
+        train_reward(run, groups.initialize(run.parallel, run.seed))
 
     run = run.model_copy(update={"parallel": run.parallel.model_validate(OTHER)})
     layout = groups.initialize(run.parallel, run.seed)
@@ -40,9 +42,10 @@ def train_and_read(rank: int, world_size: int, root: Path) -> dict[str, torch.Te
         spec, source = open_weights(root / f"out-{kind}", "actor")
         replica, _ = build_frozen(spec, "actor", run, layout, source)
         results[kind] = replica.forward(batch, LogprobHead(run.parallel.logits_bytes))
-    spec, source = open_weights(root / "out-reward", "reward")
-    replica, _ = build_frozen(spec, "critic", run, layout, source)
-    results["reward"] = replica.forward(batch, ScoreHead())
+    for kind in REWARD_MODELS:
+        spec, source = open_weights(root / f"out-reward-{kind}", "reward")
+        replica, _ = build_frozen(spec, "critic", run, layout, source)
+        results[f"reward-{kind}"] = replica.forward(batch, ScoreHead())
     return results
 
 
@@ -62,7 +65,7 @@ def test_transformers_computes_the_same_logprobs(ranks, tmp_path, kind):
 
     root, results = ranks
     model = AutoModelForCausalLM.from_pretrained(export(root / f"out-{kind}", tmp_path / "hf"), dtype=torch.float32)
-    assert ("lm_head.weight" in model.state_dict()) and model.config.tie_word_embeddings == kind.endswith("tied")
+    assert ("lm_head.weight" in model.state_dict()) and model.config.tie_word_embeddings == tiny_config(kind).tie_word_embeddings
     with torch.no_grad():
         logprobs = model(TOKENS).logits.log_softmax(-1)[:, :-1].gather(2, TOKENS[:, 1:, None]).squeeze(2)
         start = AutoModelForCausalLM.from_pretrained(root / kind, dtype=torch.float32)(TOKENS).logits.log_softmax(-1)
@@ -72,14 +75,15 @@ def test_transformers_computes_the_same_logprobs(ranks, tmp_path, kind):
     assert (untrained - logprobs).abs().max() > 10 * TOLERANCE, "the step of training is part of the export"
 
 
-def test_transformers_computes_the_same_scores(ranks, tmp_path):
+@pytest.mark.parametrize("kind", REWARD_MODELS)
+def test_transformers_computes_the_same_scores(ranks, tmp_path, kind):
     from transformers import AutoModelForSequenceClassification
 
     from megarl.checkpoint.hf_export import export
 
     root, results = ranks
-    model = AutoModelForSequenceClassification.from_pretrained(export(root / "out-reward", tmp_path / "hf"), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(export(root / f"out-reward-{kind}", tmp_path / "hf"), dtype=torch.float32)
     with torch.no_grad():
         scores = model(TOKENS).logits.squeeze(1)
     for result in results:
-        assert (result["reward"] - scores).abs().max() < TOLERANCE
+        assert (result[f"reward-{kind}"] - scores).abs().max() < TOLERANCE

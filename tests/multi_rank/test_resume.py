@@ -269,7 +269,8 @@ def test_a_damaged_checkpoint_is_left_aside_or_refused(runs):
     assert "optimizer-00001-0.safetensors has SHA-256" in said and "step-00000006 is left aside" in said
     assert "continuing from step-00000003" in said
     names = {path.name for path in (root / "fallen" / "checkpoints").iterdir() if not path.name.startswith(".")}
-    assert names == {"latest", "step-00000003", "step-00000006", "damaged-1-step-00000006"}
+    assert names == {"latest", "step-00000003", "step-00000006", "damaged-2-step-00000006"}
+    assert json.loads((root / "fallen" / "checkpoints" / "step-00000006" / "manifest.json").read_text())["attempt"] == 2
     assert read_metrics(root, "fallen")[6] == read_metrics(root, "dp2-whole")[6]
 
 

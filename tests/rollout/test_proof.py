@@ -205,7 +205,7 @@ def disturb_the_sampler(rank: int, world_size: int, root: Path) -> dict[str, str
     said["never filled"] = start(parts)  # the output layer is a packed copy of the zeros that the sampler started with
     endpoint._with_derived_copies = derived
     temperature = run.rollout.temperature
-    hot = run.model_copy(update={"rollout": run.rollout.model_copy(update={"temperature": 0.1})})
+    hot = run.model_copy(update={"rollout": run.rollout.model_copy(update={"temperature": 0.5})})
     gate = type(parts.parity)(hot, layout, parts.prompts, parts.stop_token_ids, parts.engine, parts.memory, parts.judge, parts.actor)
     assert temperature == 1.0
     said["temperature"] = start(replace(parts, parity=gate))

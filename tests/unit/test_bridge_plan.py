@@ -7,9 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.bridge_layouts import CASES, MODELS, measure
+from benchmarks.bridge_shapes import held, wanted
 from megarl.bridge.plan import Box, TargetBox, intersect, make_plan, num_elements, within
 from megarl.bridge.verify import digest
 from megarl.errors import WeightMapError
+from megarl.models.family import spec_from_hf_config
+from megarl.parallel.layout import ParallelLayout
 
 BIG = dict(bucket_bytes=1 << 40, element_bytes=2)
 
@@ -131,3 +135,41 @@ def test_the_digest_sees_order_and_single_bits(dtype):
     flipped.view(torch.int16).view(-1)[3] ^= 1
     assert digest(values) != digest(flipped)
     assert digest(torch.zeros(4, dtype=dtype)) != digest(torch.zeros(5, dtype=dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(clusters())
+def test_a_rank_plans_its_own_part_of_everybodys_plan(cluster):
+    source, target, limit = cluster
+    settings_ = dict(bucket_bytes=limit * 2, element_bytes=2)
+    whole = make_plan(source, target, **settings_)
+    for rank in range(len(source)):
+        own = make_plan(source, target, rank=rank, **settings_)
+        assert own.rank == rank
+        assert own.rounds == tuple(tuple(op for op in ops if rank in (op.source_rank, op.target_rank)) for ops in whole.rounds)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 7, pytest.param(10, marks=pytest.mark.slow)])
+def test_large_layouts_are_balanced_and_planned_in_seconds(number):
+    row = measure(CASES[number])
+    assert row["bytes_over_bound"] == 1
+    assert row["critical_over_bound"] <= 1.10, row
+    assert row["plan_cpu_s"] < 30, row
+
+
+def test_a_receiver_has_one_module_open_at_a_time():
+    spec = spec_from_hf_config(MODELS["Llama-3-70B"] | {"num_hidden_layers": 16})
+    layout = ParallelLayout(tensor=4, pipeline=4, world_size=16)
+    target = wanted(spec, 4, 4)
+    plan = make_plan(held(spec, layout), target, bucket_bytes=32 << 20, element_bytes=2, node_of=lambda rank: rank // 4, rank=5)
+    missing = Counter(module_of(target, op) for op in plan.ops if op.target_rank == 5)
+    whole = dict(missing)
+    for ops in plan.rounds:
+        for op in ops:
+            if op.target_rank == 5:
+                missing[module_of(target, op)] -= 1
+                assert sum(0 < missing[module] < whole[module] for module in whole) <= 1
+
+
+def module_of(target, op) -> str:
+    return target[op.target_rank][op.target_index].parameter.rpartition(".")[0]

@@ -123,6 +123,11 @@ def test_an_address_where_nobody_listens(tmp_path):
         connect(f"unix:{tmp_path / 'nobody'}", new_token(), {})
 
 
+def test_a_path_that_is_too_long_for_a_socket(tmp_path):
+    with pytest.raises(RolloutError, match="set TMPDIR to a shorter directory"):
+        Listener.unix(tmp_path / ("x" * 120), new_token())
+
+
 def test_a_token_file_is_for_its_owner_alone(tmp_path):
     path = tmp_path / "token"
     write_private(path, "secret")
