@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megarl.checkpoint.hf_directory import check_tensors
 from megarl.checkpoint.hf_files import GENERATION
 from megarl.checkpoint.manifest import FORMAT, ROLES, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
 from megarl.checkpoint.publish import publish, special_tokens, start_output, stored, versions, write_config, write_tokenizer
@@ -25,8 +26,9 @@ def import_hf(hf_dir: Path, out: Path, tokenizer: Path | None = None, dtype: str
     """Write a checkpoint with the weights of a Hugging Face directory and return `out`.
 
     The model is called `actor`, or `reward` where the directory holds a scalar head. The tokenizer is the directory's own unless another
-    is named; generation_config.json is kept; `dtype` as for the export (default: as they are). Tensors that the family's table does not
-    name (rotary caches, a tied head) are left out. A block of rows is in memory at a time, and every element is read back and compared.
+    is named; generation_config.json is kept; `dtype` as for the export (default: as they are). A tied head and rotary frequencies
+    are left out; any other tensor that the family's table does not list is refused. A block of rows is in memory at a time, and every
+    element is read back and compared.
     Raises `WeightMapError` (also for code and pickles), `DataError` or `SetupError` (`out` exists, no room), with nothing left behind.
     """
     hf_dir = Path(hf_dir)
@@ -35,6 +37,7 @@ def import_hf(hf_dir: Path, out: Path, tokenizer: Path | None = None, dtype: str
     source = SafetensorsSource(hf_dir)
     model = "reward" if SCALAR_HEAD in set(source.names()) else "actor"
     check_shapes(hf_dir, spec.table(ROLES[model]).hf_shapes, source)
+    check_tensors(source, spec, ROLES[model])
     return write_imported(Path(out), spec, model, source, load_tokenizer(tokenizer or hf_dir), hf_dir, {"path": hf_dir.name}, dtype)
 
 
