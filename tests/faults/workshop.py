@@ -130,7 +130,7 @@ class Trap:
 
         self.at_byte, self.at_call, self.act = at_byte, at_call, act or self.kill
         self.num_bytes, self.calls = 0, []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._write_all, sharded._write_all = sharded._write_all, self._write
         for name in CALLS:
             setattr(os, name, self._counted(name, getattr(os, name)))
