@@ -30,19 +30,23 @@ class JsonLines:
         self._file = None
 
     def start(self, step: int) -> None:
-        """Keeps complete lines of steps up to `step` (none at 0), drops the rest, opens for appending."""
+        """Keeps whole lines of steps up to `step` (none at 0), drops the rest, opens for appending."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._complete_lines() if json.loads(line)["step"] <= step] if step > 0 else []
+        kept = [line for line in self._whole_lines() if json.loads(line)["step"] <= step] if step > 0 else []
         staging = self.path.with_name(self.path.name + ".staging")
-        staging.write_text("".join(kept), encoding="utf-8")
+        with staging.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(staging, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def _complete_lines(self) -> list[str]:
-        """A run that was killed may have left half a line at the end."""
+    def _whole_lines(self) -> list[bytes]:
+        """A run that was killed may have left half a line at the end, and a host that lost power a line of zeros or of nothing."""
         if not self.path.exists():
             return []
-        return [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        return [line + b"\n" for line in lines if _has_step(line)]
 
     def write(self, step: int, values: dict) -> None:
         self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
@@ -51,6 +55,14 @@ class JsonLines:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _has_step(line: bytes) -> bool:
+    try:
+        value = json.loads(line)
+    except ValueError:  # also what is not UTF-8
+        return False
+    return isinstance(value, dict) and isinstance(value.get("step"), int)
 
 
 class TensorBoard:
