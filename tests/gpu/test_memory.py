@@ -87,6 +87,6 @@ def steps(layout, sizes: dict, offload: str) -> tuple[list, dict]:
     with phases.saving():
         held["saving"], expected["saving"] = allocated() - before, sum(phases.resident_bytes().values())
         tensors = [piece.view.cpu() for role in (actor, critic) for piece in role.pieces]
-        tensors += [tensor.cpu() for role in (actor, critic) for tensor in role.learner.optimizer_tensors().values()]
+        tensors += [tensor.cpu() for role in (actor, critic) for tensor in role.learner.optimizer_state()]
     weights_bytes = actor.movables["weights"].resident_bytes
     return tensors, {"held": held, "expected": expected, "weights_bytes": weights_bytes, "small": 16 << 20 if device.is_cuda() else 0}

@@ -64,9 +64,9 @@ def train(case: Case, offload: str) -> tuple[dict, dict[str, dict[str, int]], in
     with phases.saving():
         held["saving"] = phases.resident_bytes()
         kept = {
-            f"{name}.{key}": tensor.clone()
+            f"{name}.{number}": tensor.clone()
             for name, role in (("actor", actor), ("critic", critic))
-            for key, tensor in role.learner.optimizer_tensors().items()
+            for number, tensor in enumerate(role.learner.optimizer_state())
         }
         kept |= {f"{piece.hf_name}.{index}": piece.view.clone() for role in (actor, critic) for index, piece in enumerate(role.pieces)}
     return {"said": said, "kept": kept}, held, sum(weight.numel() for weight in actor.learner.weights())
