@@ -13,10 +13,10 @@ import torch
 
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.export_proof import LOGITS_PARAMETERS, check_names, compare_logits
-from megarl.checkpoint.hf_files import CONFIG_NAMES, GENERATION, copy_tokenizer, hf_config, write_generation_config, write_index
+from megarl.checkpoint.hf_files import CONFIG_NAMES, copy_tokenizer, hf_config, write_generation_config, write_index
 from megarl.checkpoint.manifest import Manifest
 from megarl.checkpoint.model_card import model_card
-from megarl.checkpoint.publish import STAGING, start_output
+from megarl.checkpoint.publish import GENERATION, STAGING, start_output
 from megarl.checkpoint.sharded import TensorEntry, WrittenFile, cover_faults, sync, write_tensors, write_text
 from megarl.checkpoint.sources import CheckpointSource, SafetensorsSource
 from megarl.checkpoint.streams import MAX_SHARD_BYTES, CastSource, first_difference, plan_shards, row_blocks, wanted_dtype

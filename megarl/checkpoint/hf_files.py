@@ -9,12 +9,12 @@ from transformers import AutoTokenizer
 
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.manifest import Manifest, StoredTokenizer
+from megarl.checkpoint.publish import GENERATION
 from megarl.checkpoint.sharded import TensorEntry, sync, write_text
 from megarl.checkpoint.sources import INDEX
 from megarl.models.family import FAMILIES, ModelSpec
 
 CONFIG_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
-GENERATION = "generation_config.json"
 PROBES = ("12+3=15", "The quick brown fox, isn't it?", "  two  spaces\n", "caf\u00e9 \u4f60\u597d")
 
 

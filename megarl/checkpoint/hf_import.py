@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megarl.checkpoint.hf_directory import check_tensors
-from megarl.checkpoint.hf_files import GENERATION
 from megarl.checkpoint.manifest import FORMAT, ROLES, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
 from megarl.checkpoint.publish import publish, special_tokens, start_output, stored, versions, write_config, write_tokenizer
-from megarl.checkpoint.sharded import DTYPE_NAMES, TensorEntry, whole, write_tensors, write_text
-from megarl.checkpoint.sources import CheckpointSource, SafetensorsSource, check_shapes
+from megarl.checkpoint.sharded import DTYPE_NAMES, TensorEntry, whole, write_tensors
+from megarl.checkpoint.sources import CheckpointSource, SafetensorsSource, check_shapes, generation_config
 from megarl.checkpoint.streams import MAX_SHARD_BYTES, first_difference, plan_shards, row_blocks, wanted_dtype
 from megarl.checkpoint.train_state import TrainState
 from megarl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
@@ -63,10 +62,7 @@ def write_imported(
     try:
         (staging / model).mkdir()
         files = _write_weights(staging, model, entries, source)
-        files |= write_config(staging, model, spec.hf_config)
-        if (configs / GENERATION).is_file():
-            text = (configs / GENERATION).read_text(encoding="utf-8")
-            files[f"{model}/{GENERATION}"] = stored("config", write_text(staging / model / GENERATION, text), model=model)
+        files |= write_config(staging, model, spec.hf_config, generation_config(configs, model))
         files |= write_tokenizer(staging, texts)
         manifest = Manifest(
             format=FORMAT,

@@ -16,6 +16,7 @@ from megarl.data.tokenizers import Tokenizer
 from megarl.errors import SetupError
 
 STAGING, TRASH = ".staging-", ".trash-"
+GENERATION = "generation_config.json"
 SPARE_BYTES = 64 << 20  # left free beside what is written: small files, file system overhead
 NOT_WRITTEN = WrittenFile(0, "")
 
@@ -80,10 +81,10 @@ def point_to(final: Path) -> None:
     sync(final.parent)
 
 
-def write_config(staging: Path, model: str, hf_config: dict) -> dict[str, StoredFile]:
-    """Write the model's Hugging Face configuration into the checkpoint."""
-    path = f"{model}/config.json"
-    return {path: stored("config", write_text(staging / path, json.dumps(hf_config, indent=1)), model=model)}
+def write_config(staging: Path, model: str, hf_config: dict, generation: str = "") -> dict[str, StoredFile]:
+    """Write the model's Hugging Face configuration into the checkpoint, and the text of its generation_config.json when there is one."""
+    texts = {f"{model}/config.json": json.dumps(hf_config, indent=1)} | ({f"{model}/{GENERATION}": generation} if generation else {})
+    return {path: stored("config", write_text(staging / path, text), model=model) for path, text in texts.items()}
 
 
 def write_files(staging: Path, folder: str, texts: Mapping[str, bytes]) -> dict[str, StoredFile]:

@@ -12,6 +12,7 @@ from megarl.bridge.plan import Box, intersect, num_elements, within
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.hf_directory import check_tensors
 from megarl.checkpoint.manifest import Manifest, StoredTensor
+from megarl.checkpoint.publish import GENERATION
 from megarl.checkpoint.sharded import DTYPES, whole
 from megarl.checkpoint.tensor_file import TensorFile
 from megarl.config import ModelConfig
@@ -247,6 +248,16 @@ def open_start(model: ModelConfig, role: Role, seed: int) -> tuple[ModelSpec, Te
         return open_weights(model.path, role)
     spec = read_spec(model.path)
     return spec, RandomSource(spec.table(role), seed, spec.standard_deviation)
+
+
+def generation_config(path: Path, model: str) -> str:
+    """The text of the generation_config.json that came with the model at `path` (as for `open_weights`); empty where there is none."""
+    checkpoint = manifests.find_checkpoint(path)
+    try:
+        text = ((path if checkpoint is None else checkpoint / model) / GENERATION).read_text(encoding="utf-8")
+        return text if isinstance(json.loads(text), dict) else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def check_shapes(path: Path, shapes: dict[str, tuple[int, ...]], source: TensorSource) -> None:

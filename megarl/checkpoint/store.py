@@ -35,6 +35,7 @@ from megarl.checkpoint.restore import check_same_run, load, load_random_states, 
 from megarl.checkpoint.retention import best_metric, kept_steps
 from megarl.checkpoint.saving import Background, SaveJob, disk_errors
 from megarl.checkpoint.sharded import cover_faults
+from megarl.checkpoint.sources import generation_config
 from megarl.checkpoint.train_state import TrainState
 from megarl.config import Run
 from megarl.data.tokenizers import Tokenizer
@@ -205,7 +206,8 @@ class Checkpoints:
         for model, stored in manifest.models.items():
             if faults := incomplete(stored.shapes, [file for file in files.values() if file.model == model]):
                 raise AssertionError(f"the pieces of {model} do not make up the model: {'; '.join(faults[:5])}")
-            files |= write_config(job.staging, model, checkpointables[model].spec.hf_config)
+            config = getattr(self.run, model, None) or self.run.model
+            files |= write_config(job.staging, model, checkpointables[model].spec.hf_config, generation_config(config.path, model))
         files |= write_files(job.staging, "tokenizer", self._texts)
         try:
             publish(job.staging, final, manifest.model_copy(update={"files": files}), self._attempt.check)

@@ -1,5 +1,6 @@
 """Trained under TP x PP, exported, read by transformers: the numbers are those of the ranks. And any layout reads the checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def train_and_read(rank: int, world_size: int, root: Path) -> dict[str, torch.Te
 def ranks(tmp_path_factory):
     root = write_files(tmp_path_factory.mktemp("export"))
     for kind in ACTORS:
-        save_tiny(kind, root)
+        path = save_tiny(kind, root) / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": True, "temperature": 0.6}))
     return root, run_ranks(train_and_read, 4, root)
 
 
@@ -65,6 +67,7 @@ def test_transformers_computes_the_same_logprobs(ranks, tmp_path, kind):
 
     root, results = ranks
     model = AutoModelForCausalLM.from_pretrained(export(root / f"out-{kind}", tmp_path / "hf"), dtype=torch.float32)
+    assert model.generation_config.temperature == 0.6, "what the model came with is kept through training"
     assert ("lm_head.weight" in model.state_dict()) and model.config.tie_word_embeddings == tiny_config(kind).tie_word_embeddings
     with torch.no_grad():
         logprobs = model(TOKENS).logits.log_softmax(-1)[:, :-1].gather(2, TOKENS[:, 1:, None]).squeeze(2)
