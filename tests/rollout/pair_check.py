@@ -114,7 +114,8 @@ class Owner:
 
         self.learner.refresh_main_params()
         before = [piece.view.clone() for piece in self.pieces]
-        token_ids = (torch.arange(2 * 16).reshape(2, 16) * 37 + 11 * self.layout.dp_rank) % 190
+        # No token 0: a Gemma embeds it as zeros, on which norm after norm multiplies the gradient by a thousand.
+        token_ids = 1 + (torch.arange(2 * 16).reshape(2, 16) * 37 + 11 * self.layout.dp_rank) % 190
         learned = torch.ones(2, 16, dtype=torch.bool)
         learned[:, 0] = False
         batch = DemonstrationBatch(token_ids, torch.tensor([16, 16]), learned)

@@ -91,6 +91,7 @@ PAIRS = [
     Pair("qwen2", 2, CP2, 1),
     Pair("qwen3-tied", 2, PP2, 2, is_quick=True),  # embedding and head: one tensor, on both stages
     Pair("qwen3-tied", 2, TP2, 1, learns=True),
+    Pair("gemma3", 2, TP2 | SP, 1, learns=True),
     Pair("qwen3-moe", 2, EP2, 2, is_quick=True),
     Pair("qwen3-moe", 2, PP2, 2),
     Pair("gemma3", 2, PP2, 2),  # 3 layers; embedding and head are one tensor here, too
@@ -115,6 +116,7 @@ PAIRS = [
     Pair("qwen3-tied", 4, CP2 | PP2, 2, learns=True),
     Pair("gemma3", 4, TP2 | SP | PP2, 4, learns=True),
     Pair("mistral", 4, TP4 | SP, 2),
+    Pair("gemma3", 4, TP2 | PP2, 4),
     Pair("qwen3-moe", 4, PP2 | EP2, 1),
     Pair("qwen3-moe", 4, TP2 | SP | EP4, 2),
     Pair("mixtral", 4, EP4, 4, learns=True),
