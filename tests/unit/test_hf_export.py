@@ -33,6 +33,8 @@ FAMILIES = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "mistral": partial(transformers.MistralConfig, sliding_window=8),
+    "gemma3_text": partial(transformers.Gemma3TextConfig, sliding_window=8, query_pre_attn_scalar=8),
     "mixtral": partial(transformers.MixtralConfig, num_local_experts=4),
     "qwen3_moe": partial(transformers.Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
@@ -63,7 +65,7 @@ def tensors_in(directory):
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("qwen3", False), ("mixtral", False), ("qwen3_moe", True)])
+@pytest.mark.parametrize("family, tied", [(family, family in ("qwen2", "gemma3_text", "qwen3_moe")) for family in FAMILIES])
 def test_import_and_export_keep_every_bit(tmp_path, tokenizer_model, family, tied):
     save_hf(tmp_path / "hf", tokenizer_model, family, tied, shard="20KB", dtype=torch.bfloat16)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
@@ -98,12 +100,13 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_told(tmp_path, tokeniz
     assert tokens("12+3=15", add_special_tokens=False).input_ids == own.encode("12+3=15")
 
 
-def test_a_reward_model_is_exported_with_its_head(tmp_path, tokenizer_model):
-    model = save_hf(tmp_path / "hf", tokenizer_model, scalar_head=True)
+@pytest.mark.parametrize("family, architecture", [("llama", "Llama"), ("gemma3_text", "Gemma3Text"), ("mixtral", "Mixtral")])
+def test_a_reward_model_is_exported_with_its_head(tmp_path, tokenizer_model, family, architecture):
+    model = save_hf(tmp_path / "hf", tokenizer_model, family, tied=family == "gemma3_text", scalar_head=True)
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "out")
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert again.config.num_labels == 1 and again.config.architectures == ["LlamaForSequenceClassification"]
+    assert again.config.num_labels == 1 and again.config.architectures == [f"{architecture}ForSequenceClassification"]
     ids = torch.arange(4, 16)[None]
     torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
 
