@@ -56,7 +56,7 @@ def follow(models: list[str], tensor: int, joint: bool, kv_cache_bytes: int) -> 
     from megarl.records import Prompt
     from megarl.rollout.engine import make_greedy_requests
     from megarl.rollout.separate_engine import start_separate
-    from tests.rollout.test_layouts import Owner
+    from tests.rollout.tiny_models import WholeModel
 
     parallel = ParallelConfig(tensor=rank_from_environment()[1])
     layout = groups.initialize(parallel, seed=0)
@@ -70,7 +70,7 @@ def follow(models: list[str], tensor: int, joint: bool, kv_cache_bytes: int) -> 
         gpu_memory_fraction=0.3,
     )
     engine = start_separate(spec, rollout, layout, "fp32", 64, 300.0)
-    owner = Owner(source_pieces(build_model(spec, "actor", parallel, "fp32", layout), spec.table("actor")))
+    owner = WholeModel(source_pieces(build_model(spec, "actor", parallel, "fp32", layout), spec.table("actor")))
     sync = SeparateSync(engine, layout, verify_first=1, timeout_s=300.0, always_joint=joint)
     requests = make_greedy_requests([Prompt(i, tuple(range(5 + i, 25 + 2 * i))) for i in range(4)], rollout, ())
     report: dict = {"differences": [], "versions": []}
