@@ -17,13 +17,13 @@ from megarl.bridge.boxes import box_text
 from megarl.bridge.joint import JointGroup, Meeting, process_name, reserve
 from megarl.bridge.plan import Op, Outline, WeightPlan
 from megarl.bridge.ring import RingWriter
-from megarl.bridge.sync import DEFAULT_BUCKET_BYTES, RankEnds, SourcePiece, WeightReceiver, WeightSync
+from megarl.bridge.sync import DEFAULT_BUCKET_BYTES, RankDescription, RankEnds, SourcePiece, WeightReceiver, WeightSync
 from megarl.bridge.transport import BufferedTransport
 from megarl.bridge.verify import NAMED, digest
 from megarl.bridge.wires import Delivery, JointWire, RingWire, SyncWire
 from megarl.errors import MegarlError, RolloutError
 from megarl.parallel import device
-from megarl.parallel.collectives import Group, agree, broadcast_json, exchange_rows, gather_json, together
+from megarl.parallel.collectives import Group, agree, broadcast_json, exchange_rows, gather_distinct_json, gather_json, together
 from megarl.parallel.layout import ParallelLayout
 
 Rounds = tuple[tuple[Op, ...], ...]
@@ -71,13 +71,13 @@ class SeparateSync(WeightSync):
         self._rounds: dict[int, Rounds] = {}  # of each generator process this rank speaks for, by its rank in the plan
         self._is_broken = False
 
-    def _everyone(self, description: dict) -> list[dict]:
+    def _everyone(self, mine: RankDescription) -> list[RankDescription]:
         """The trainer's ranks, then the generators' processes by their numbers."""
         spoken_for = [[number, told["wanted"], told["host"]] for number, told in zip(self.engine.process_numbers, self.engine.descriptions)]
-        trainers = gather_json(description | {"generators": spoken_for}, self._group)
-        generators = sorted(told for trainer in trainers for told in trainer["generators"])
-        everyone = trainers + [{"held": [], "wanted": wanted, "host": host} for _, wanted, host in generators]
-        self._hosts = [rank["host"] for rank in everyone]
+        speakers = gather_distinct_json(spoken_for, self._group)  # most trainer ranks speak for nobody
+        generators = {number: RankDescription([], wanted, host) for told in speakers for number, wanted, host in told}
+        everyone = super()._everyone(mine) + [generators[number] for number in sorted(generators)]
+        self._hosts = [rank.host for rank in everyone]
         return everyone
 
     def _write_out(self, outline: Outline) -> WeightPlan:

@@ -4,7 +4,7 @@ import itertools
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from megarl.bridge.plan import Box, Op, Outline, TargetBox, WeightPlan, make_out
 from megarl.bridge.transport import BufferedTransport, GroupWire, Transport
 from megarl.bridge.verify import Digests
 from megarl.parallel import device, groups
-from megarl.parallel.collectives import gather_json, meet, sum_over
+from megarl.parallel.collectives import gather_distinct_json, gather_json, meet, sum_over
 from megarl.parallel.layout import ParallelLayout
 
 DEFAULT_BUCKET_BYTES = 256 << 20
@@ -59,6 +59,15 @@ class SyncReport:
     received_bytes: int
     sent_bytes: int
     num_buckets: int
+
+
+@dataclass(frozen=True)
+class RankDescription:
+    """One rank of a plan, as JSON has it. Replicas of a shard hold, and replicas of a generator want, the same list."""
+
+    held: list  # of (Hugging Face name, box)
+    wanted: list  # of (Hugging Face name, box, parameter, its box)
+    host: str
 
 
 class WeightSync:
@@ -121,11 +130,14 @@ class WeightSync:
         # A first message between two ranks of a NCCL group must not be a point-to-point one that leaves other ranks out.
         sum_over(torch.zeros(1, device=device.device()), self._group)
         wanted = [(box.hf_name, box.hf_box, box.parameter, box.parameter_box) for box in self.engine.targets]
-        everyone = self._everyone({"held": held, "wanted": wanted, "host": socket.gethostname()})
-        hosts = [rank["host"] for rank in everyone]
+        everyone = self._everyone(RankDescription(held, wanted, socket.gethostname()))
+        hosts = [rank.host for rank in everyone]
         outline = make_outline(
-            [[(name, _box(box)) for name, box in rank["held"]] for rank in everyone],
-            [[TargetBox(name, _box(box), parameter, _box(inner)) for name, box, parameter, inner in rank["wanted"]] for rank in everyone],
+            _each_once([rank.held for rank in everyone], lambda name, box: (name, _box(box))),
+            _each_once(
+                [rank.wanted for rank in everyone],
+                lambda name, box, parameter, inner: TargetBox(name, _box(box), parameter, _box(inner)),
+            ),
             bucket_bytes=self.bucket_bytes,
             element_bytes=self.engine.dtype.itemsize,
             node_of=lambda rank: hosts.index(hosts[rank]),
@@ -137,9 +149,11 @@ class WeightSync:
         """This rank's part of the plan."""
         return outline.write_out(self.layout.rank)
 
-    def _everyone(self, description: dict) -> list[dict]:
+    def _everyone(self, mine: "RankDescription") -> list["RankDescription"]:
         """What each rank of the plan holds and wants. Every rank calls it with its own."""
-        return gather_json(description, self._group)
+        held, wanted = gather_distinct_json(mine.held, self._group), gather_distinct_json(mine.wanted, self._group)
+        hosts = gather_json(mine.host, self._group)
+        return [RankDescription(*rank) for rank in zip(held, wanted, hosts, strict=True)]
 
     def _digests(self, plan: WeightPlan) -> Digests:
         return Digests(plan.ops, self.layout.rank, device.device())
@@ -199,6 +213,12 @@ def slice_of_parameter(parameter: Tensor, wanted: TargetBox, box: Box) -> Tensor
     for _ in range(leading):
         view = view[0]
     return view[within(box, wanted.hf_box)]
+
+
+def _each_once(lists: list[list], item: Callable) -> list[list]:
+    """`item(*entry)` of the entries of every list; a list that stands there several times is made once and shared."""
+    made = {id(entries): [item(*entry) for entry in entries] for entries in {id(entries): entries for entries in lists}.values()}
+    return [made[id(entries)] for entries in lists]
 
 
 def _box(pairs: list) -> Box:

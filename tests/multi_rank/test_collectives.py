@@ -5,7 +5,16 @@ from megarl.config import ParallelConfig
 from megarl.errors import ConfigError, DataError
 from megarl.models.vocabulary import VocabularyShard, vocabulary_stats
 from megarl.parallel import groups
-from megarl.parallel.collectives import agree, broadcast, broadcast_json, exchange_rows, gather_json, gather_rows, sum_over
+from megarl.parallel.collectives import (
+    agree,
+    broadcast,
+    broadcast_json,
+    exchange_rows,
+    gather_distinct_json,
+    gather_json,
+    gather_rows,
+    sum_over,
+)
 from tests.ranks import run_ranks
 
 
@@ -18,6 +27,8 @@ def exchanges(rank, world_size):
     assert broadcast(torch.tensor([rank]), 1, world).item() == 1
 
     assert gather_json({"rank": rank, "text": "é" * 50 * rank}, world) == [{"rank": r, "text": "é" * 50 * r} for r in range(3)]
+    first, second, third = gather_distinct_json(["same", "other", "same"][rank] * 9, world)
+    assert (first, second) == ("same" * 9, "other" * 9) and third is first
     assert broadcast_json({"from": rank} if rank == 2 else None, 2, world) == {"from": 2}
     assert gather_rows(torch.full((rank, 2), rank), world).tolist() == [[1, 1], [2, 2], [2, 2]]
     assert gather_rows(torch.zeros(0, 2), world).shape == (0, 2)
