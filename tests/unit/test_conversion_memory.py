@@ -7,6 +7,7 @@ import pytest
 from benchmarks.checkpoint_export import measure
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark of memory")
 def test_memory_is_that_of_a_block_whatever_the_size():
     result = measure(quick=True)
