@@ -21,6 +21,8 @@ from megarl.models.pieces import Piece
 from megarl.parallel import device
 
 FILE_BYTES = 64 << 20  # less is not worth another file
+BUFFER_BYTES = 256 << 20
+ALIGNMENT = 64
 MAX_FILES = 4  # of one kind, a model and rank: as many are written at once
 
 
@@ -61,32 +63,59 @@ def plan_files(rank: int, checkpointables: Mapping[str, Checkpointable]) -> list
     return [*plan, PlannedFile(f"random-{rank:05d}.safetensors", random, device.random_states())]
 
 
+def num_bytes_saved(weights: Tensor) -> int:
+    """A weight, Adam's two float32 moments, and a float32 copy of what is narrower: known before the optimizer has any state."""
+    return weights.nbytes + weights.numel() * (8 if weights.itemsize >= 4 else 12)
+
+
 class HostBuffers:
-    """Copies of a plan's tensors in host memory, pinned on a GPU host; the memory is kept for the next copy."""
+    """Copies of a plan's tensors in host memory, pinned on a GPU host; the memory is kept for the next copy.
+
+    Tensors share blocks, because pinned memory comes in powers of two.
+    """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._shape: list[tuple] = []
+        self._copies: list[dict[str, Tensor]] = []
+        self._blocks: list[Tensor] = []
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(block.nbytes for block in self._blocks)
 
     def copy(self, plan: Sequence[PlannedFile]) -> list[PlannedFile]:
         """The same plan with copies that training leaves alone. Returns when they are complete."""
-        copied = []
-        for file in plan:
-            buffers = {key: self._buffer(file.path, key, tensor) for key, tensor in file.tensors.items()}
-            for key, buffer in buffers.items():
-                buffer.copy_(file.tensors[key], non_blocking=True)
-            copied.append(replace(file, tensors=buffers))
+        shape = [(file.path, key, tensor.shape, tensor.dtype) for file in plan for key, tensor in file.tensors.items()]
+        if shape != self._shape:
+            self._blocks, self._copies, self._shape = [], [], []
+            self._blocks, self._copies = _buffers(plan)
+            self._shape = shape
+        for file, copies in zip(plan, self._copies, strict=True):
+            for key, tensor in file.tensors.items():
+                copies[key].copy_(tensor, non_blocking=True)
         device.synchronize()
-        return copied
+        return [replace(file, tensors=copies) for file, copies in zip(plan, self._copies, strict=True)]
 
-    def _buffer(self, path: str, key: str, like: Tensor) -> Tensor:
-        found = self._buffers.get((path, key))
-        if found is None or found.shape != like.shape or found.dtype != like.dtype:
-            found = self._buffers[path, key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=device.is_cuda())
-        return found
+
+def _buffers(plan: Sequence[PlannedFile]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Blocks of at most `BUFFER_BYTES` (a larger tensor has its own), and in them a tensor like each of the plan's, file by file."""
+    places: list[tuple[int, int]] = []  # block and offset, in the plan's order
+    sizes: list[int] = []
+    for tensor in (tensor for file in plan for tensor in file.tensors.values()):
+        room = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if not sizes or sizes[-1] + room > BUFFER_BYTES:
+            sizes.append(0)
+        places.append((len(sizes) - 1, sizes[-1]))
+        sizes[-1] += room
+    blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=device.is_cuda()) for size in sizes]
+    free = iter(places)
+    copies = []
+    for file in plan:
+        copies.append({})
+        for key, tensor in file.tensors.items():
+            block, offset = next(free)
+            copies[-1][key] = blocks[block][offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return blocks, copies
 
 
 def _dealt(kind: str, model: str, rank: int, held: Mapping[str, tuple[str, Piece]]) -> list[PlannedFile]:

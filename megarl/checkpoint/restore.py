@@ -67,5 +67,6 @@ def load_random_states(directory: Path, manifest: Manifest, rank: int) -> None:
 
 def spec_differences(stored_spec: ModelSpec, run_spec: ModelSpec) -> str:
     """Fields in which two models differ, both values named; empty when they are the same model."""
-    names = [f.name for f in fields(ModelSpec) if f.name != "hf_config" and getattr(stored_spec, f.name) != getattr(run_spec, f.name)]
+    compared = [f.name for f in fields(ModelSpec) if f.compare and f.name != "hf_config"]
+    names = [name for name in compared if getattr(stored_spec, name) != getattr(run_spec, name)]
     return ", ".join(f"{name} {getattr(stored_spec, name)} in the checkpoint, {getattr(run_spec, name)} in the run" for name in names)

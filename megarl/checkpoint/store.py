@@ -14,28 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.attempts import Attempt, sweep
-from megarl.checkpoint.files import Checkpointable, HostBuffers, plan_files
-from megarl.checkpoint.manifest import FORMAT, ROLES, STEP_NAME, Manifest, StoredFile, StoredLayout, StoredModel
-from megarl.checkpoint.publish import (
-    check_room,
-    discard,
-    point_to,
-    publish,
-    special_tokens,
-    tokenizer_files,
-    versions,
-    write_config,
-    write_files,
-)
+from megarl.checkpoint.files import Checkpointable, HostBuffers, num_bytes_saved, plan_files
+from megarl.checkpoint.manifest import FORMAT, ROLES, STEP_NAME, Manifest, StoredLayout, StoredModel
+from megarl.checkpoint.publication import Publication
+from megarl.checkpoint.publish import check_room, special_tokens, tokenizer_files, versions
 from megarl.checkpoint.restore import check_same_run, load, load_random_states, verify_share
-from megarl.checkpoint.retention import best_metric, kept_steps
+from megarl.checkpoint.retention import best_metric
 from megarl.checkpoint.saving import Background, SaveJob, disk_errors
-from megarl.checkpoint.sharded import cover_faults
-from megarl.checkpoint.sources import generation_config
 from megarl.checkpoint.train_state import TrainState
 from megarl.config import Run
 from megarl.data.tokenizers import Tokenizer
@@ -161,7 +148,10 @@ class Checkpoints:
         job = SaveJob(final.name, staging, plan, self.layout.rank, self.layout.world_size, timeout_s)
         needed = sum(collectives.gather_json(job.num_bytes, self._world))
         if self.layout.rank == 0:
-            job.publish = partial(self._publish, job, final, self._manifest(state, checkpointables, metrics), dict(checkpointables))
+            self._texts = self._texts or tokenizer_files(self.tokenizer)
+            specs = {model: kept.spec for model, kept in checkpointables.items()}
+            manifest = self._manifest(state, checkpointables, metrics)
+            job.publish = Publication(self._attempt, staging, final, manifest, specs, self.run, self._texts)
         self._together(lambda: self._make_staging(staging, checkpointables, needed) if self.layout.rank == 0 else None)
         return job
 
@@ -172,7 +162,6 @@ class Checkpoints:
         staging.mkdir()
         for model in checkpointables:
             (staging / model).mkdir()
-        self._texts = self._texts or tokenizer_files(self.tokenizer)
 
     def _manifest(self, state: TrainState, checkpointables: Mapping[str, Checkpointable], metrics: Metrics) -> Manifest:
         models = {
@@ -199,31 +188,6 @@ class Checkpoints:
             metrics={name: value for name, value in metrics.values_by_name().items() if math.isfinite(value)},
         )
 
-    def _publish(
-        self, job: SaveJob, final: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable], files: dict[str, StoredFile]
-    ) -> None:
-        """Rank 0's last act, possibly behind the training: touches files only."""
-        for model, stored in manifest.models.items():
-            if faults := incomplete(stored.shapes, [file for file in files.values() if file.model == model]):
-                raise AssertionError(f"the pieces of {model} do not make up the model: {'; '.join(faults[:5])}")
-            config = getattr(self.run, model, None) or self.run.model
-            files |= write_config(job.staging, model, checkpointables[model].spec.hf_config, generation_config(config.path, model))
-        files |= write_files(job.staging, "tokenizer", self._texts)
-        try:
-            publish(job.staging, final, manifest.model_copy(update={"files": files}), self._attempt.check)
-        except OSError:
-            self._attempt.check()  # a newer start takes staging directories away
-            raise
-        point_to(final)
-        self._discard_old()
-
-    def _discard_old(self) -> None:
-        config = self.run.checkpoint
-        directories = {int(STEP_NAME.fullmatch(path.name)[1]): path for path in manifests.step_directories(self.directory)}
-        metrics = {step: {} if config.keep_best is None else manifests.read_manifest(path).metrics for step, path in directories.items()}
-        for step in sorted(metrics.keys() - kept_steps(metrics, config)):
-            discard(directories[step])
-
     # ---------------------------------------------------------------- restore
     def restore_or_start(self, checkpointables: Mapping[str, Checkpointable], start: TrainState | None = None) -> TrainState:
         """Continue from the newest undamaged checkpoint of the output directory, or return `start` where there is none.
@@ -233,7 +197,7 @@ class Checkpoints:
         another model, precision or stage of the course, and `SetupError` when the disk has no room for the next checkpoint: hours of
         training must not end there.
         """
-        owned = sum(_num_bytes_saved(piece.view) for kept in checkpointables.values() for piece in kept.pieces if piece.is_owner)
+        owned = sum(num_bytes_saved(piece.view) for kept in checkpointables.values() for piece in kept.pieces if piece.is_owner)
         needed = sum(collectives.gather_json(owned, self._world))
         begun = self._together(lambda: self._begin(needed) if self.layout.rank == 0 else None)
         number, names = collectives.gather_json(begun, self._world)[0]
@@ -326,19 +290,3 @@ class Checkpoints:
                 return work()
 
         return collectives.together(on_disk, self._world)
-
-
-def incomplete(shapes: Mapping[str, tuple[int, ...]], files: list[StoredFile]) -> list[str]:
-    """What is wrong with the tensors of one model: every weight once, and what an optimizer holds for a weight once."""
-    tensors = [tensor for file in files for tensor in file.tensors]
-    faults = cover_faults(shapes, [(tensor.name, tensor.box) for tensor in tensors if tensor.slot == "weight"])
-    for slot in sorted({tensor.slot for tensor in tensors} - {"weight"}):
-        boxes = [(tensor.name, tensor.box) for tensor in tensors if tensor.slot == slot]
-        learning = {name: shapes[name] for name, _ in boxes}  # a weight that is frozen has no optimizer state
-        faults += [f"{slot}: {fault}" for fault in cover_faults(learning, boxes)]
-    return faults
-
-
-def _num_bytes_saved(weights: torch.Tensor) -> int:
-    """A weight, Adam's two float32 moments, and a float32 copy of what is narrower: known before the optimizer has any state."""
-    return weights.nbytes + weights.numel() * (8 if weights.itemsize >= 4 else 12)

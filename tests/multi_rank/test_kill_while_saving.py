@@ -18,7 +18,7 @@ from megarl.checkpoint.sharded import whole
 from megarl.checkpoint.sources import CheckpointSource
 from tests.course.lesson_files import sft_run, write_files
 
-NUM_KILLS = 4
+NUM_KILLS = 3
 NORM = "model.norm.weight"
 
 
@@ -61,6 +61,8 @@ def test_a_killed_writer_leaves_a_complete_checkpoint(tmp_path, background):
         sender.close()
         resumed_at = receiver.recv()
         assert resumed_at >= last_saved - behind, "the run went on from its newest checkpoint"
+        if resumed_at:
+            last_saved = max(last_saved, resumed_at + behind)  # a report may have been lost with its writer
         if last_saved <= behind:
             last_saved = [receiver.recv() for _ in range(1 + behind)][-1]
         time.sleep(rng.uniform(0.0, 0.15))

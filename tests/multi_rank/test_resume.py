@@ -120,7 +120,7 @@ def fail_while_saving(rank: int, world_size: int, root: Path, background: str) -
 
     def full(original, file, block) -> None:
         if rank == 1 and "step-00000004" in file.name and "optimizer" in file.name:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No space left on device", file.name)
         original(file, block)
 
     run = sft_run(root, output, 6, checkpoint={"every_steps": 2, "background": background}, **CASES["tp2"])
@@ -142,7 +142,7 @@ def wait_or_skip(rank: int, world_size: int, root: Path, policy: str) -> str:
     """Rank 1 needs far longer to write a checkpoint than a step takes."""
 
     def slowly(original, file, block) -> None:
-        if rank == 1 and "weights-00001" in file.name:
+        if rank == 1 and "weights-00001" in file.name and len(block) == 8:  # the first block: the size of the header
             time.sleep(1.0)
         original(file, block)
 
@@ -155,7 +155,7 @@ def wait_or_skip(rank: int, world_size: int, root: Path, policy: str) -> str:
 
 def miss_the_deadline(rank: int, world_size: int, root: Path) -> str:
     def hangs(original, file, block) -> None:
-        if rank == 1 and "weights-00001" in file.name:
+        if rank == 1 and "weights-00001" in file.name and len(block) == 8:  # the first block: the size of the header
             time.sleep(6.0)
         original(file, block)
 
@@ -232,6 +232,7 @@ def test_resume_equals_no_stop(runs, case):
     assert whole["state"] == resumed["state"]
     assert manifest(root, f"{case}-whole", 3)["files"]["actor/weights-00000-0.safetensors"]["sha256"] not in hashes.values()
     assert (whole["parent"], resumed["attempt"]) == ("step-00000003", 1)
+    assert whole["metrics"]["loss"] == read_metrics(root, f"{case}-whole")[6]["loss"]
 
 
 def test_each_element_is_written_once(runs):
