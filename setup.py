@@ -31,6 +31,7 @@ setup(
         "te": requirements("te"),
         "ray": ["ray[default]>=2.52"],
         "wandb": ["wandb>=0.19"],
+        "math": requirements("math"),
         "dev": requirements("dev"),
     },
     entry_points={"console_scripts": ["megarl = megarl.cli:main"]},

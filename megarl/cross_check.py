@@ -12,6 +12,7 @@ from megarl.data.pack_size import tile_of, token_budget
 from megarl.errors import LayoutError
 from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
+from megarl.rewards.check import reward_faults
 
 LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert", "cluster")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -29,7 +30,7 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
     replica = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
     data = world_size // replica if world_size % replica == 0 else None
     if isinstance(run, PpoRun):
-        faults += [*_generation(run, world_size, specs), *_placement(run), *_rewards(run), *_vocabularies(specs), *_kl(run)]
+        faults += [*_generation(run, world_size, specs), *_placement(run), *reward_faults(run), *_vocabularies(specs), *_kl(run)]
         faults += [*_correction(run), *_ppo_batch(run, data)]
     elif isinstance(run, SftRun | RewardRun):
         faults += [*_lesson(run), *_lesson_batch(run, data)]
@@ -244,19 +245,6 @@ def _vocabularies(specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
                 f" ids, so {key} must come from a model with the same tokenizer"
             )
             yield Fault((*_named(key), *_named("actor")), text)
-
-
-def _rewards(run: PpoRun) -> Iterator[Fault]:
-    if not run.rewards:
-        yield Fault(("rewards",), "rewards: found an empty list; expected at least one part, such as {kind: exact}")
-    for index, part in enumerate(run.rewards):
-        key = f"rewards.{index}.path"
-        if part.kind == "model" and part.path is None:
-            yield Fault((key,), f"{key}: missing; expected the path of a reward model for kind model")
-        if part.kind != "model" and part.path is not None:
-            yield Fault((key,), f"{key}: found {str(part.path)!r} with kind {part.kind}; expected no path, or kind: model")
-    if run.rewards and all(part.weight == 0 for part in run.rewards):
-        yield Fault(("rewards",), "rewards: every weight is 0; expected at least one part that counts")
 
 
 def _kl(run: PpoRun) -> Iterator[Fault]:

@@ -14,6 +14,7 @@ from megarl.config import PpoRun, RewardRun, Run, SftRun
 from megarl.config_file import Fault
 from megarl.errors import MegarlError
 from megarl.models.family import ModelSpec, read_spec
+from megarl.rewards.check import missing_for_rewards
 
 _NOT_SHAPE = ("hf_config", "max_positions", "tied")  # differ between a model and its fine-tuned copies without harm
 
@@ -59,6 +60,8 @@ def survey(run: Run) -> Survey:
         _survey_model(use, found)
     found.missing.extend(_missing_files(run))
     found.missing.extend(_missing_packages(run))
+    if isinstance(run, PpoRun):
+        found.missing.extend(missing_for_rewards(run))
     if run.output_dir.exists() and not run.output_dir.is_dir():
         found.wrong.append(Fault(("output_dir",), f"output_dir: {run.output_dir} is a file; expected a directory or nothing there yet"))
     found.wrong.extend(_vocabulary(run, found.specs))

@@ -1,13 +1,16 @@
 """The station between the sampler and the models: rewards for completions, then one padded batch of the same T on every rank."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from megarl.data.batching import pack, padded_length
 from megarl.data.tokenizers import Tokenizer
+from megarl.errors import MegarlError, error_kinds
 from megarl.parallel import collectives, device, groups
 from megarl.parallel.layout import ParallelLayout
 from megarl.records import Completion, Prompt, RolloutBatch, Trajectory
+from megarl.rewards.constant import ConstantAlarm
 from megarl.rewards.scorer import WeightedSum
 
 TOKENS_A_TENSOR_RANK = 8  # T is a multiple of this on every tensor-parallel rank: aligned for tensor cores
@@ -20,6 +23,7 @@ class Judge:
     rewards: WeightedSum
     tokenizer: Tokenizer
     layout: ParallelLayout
+    alarm: ConstantAlarm = field(default_factory=ConstantAlarm)
 
     def trajectories(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Trajectory]:
         """One trajectory a completion; completions come prompt by prompt, equally many for each.
@@ -28,10 +32,33 @@ class Judge:
         """
         samples = len(completions) // len(prompts)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
+        trajectories = self.rewards.judge(repeated, completions, self.tokenizer, self._scored)
+        spans = collectives.gather_json(self.alarm.spans(trajectories), groups.group(self.layout, "dp"))
+        for warning in self.alarm.after_step(spans):
+            if self.layout.rank == 0:
+                print(f"megarl: warning: {warning}", file=sys.stderr)
+        return trajectories
+
+    def _scored(self, runs_once: bool, work: Callable[[], list[float]]) -> list[float]:
+        """What `work` returns: on each rank, or on the first rank of the replica, which tells the others. An error is raised everywhere."""
         # A reward model communicates inside its replica only, and all ranks of a replica fail alike.
-        return collectives.together(
-            lambda: self.rewards.judge(repeated, completions, self.tokenizer), groups.group(self.layout, "world")
-        )
+        scoring = (lambda: self._once(work)) if runs_once else work
+        return collectives.together(scoring, groups.group(self.layout, "world"))
+
+    def _once(self, work: Callable[[], list[float]]) -> list[float]:
+        scores, error = None, None
+        if self.layout.rank == self.layout.ranks_along("model")[0]:
+            try:
+                scores = work()
+            except MegarlError as failure:
+                error = [type(failure).__name__, str(failure)]
+        told = [scores, error]
+        for axis in ("tp", "cp", "pp"):  # its neighbours along tp first, then those of all of them along cp, then pp
+            told = collectives.broadcast_json(told, self.layout.ranks_along(axis)[0], groups.group(self.layout, axis))
+        scores, error = told
+        if error is not None:
+            raise error_kinds()[error[0]](error[1])
+        return scores
 
     def pack(self, trajectories: Sequence[Trajectory], num_prompts: int) -> RolloutBatch:
         """The padded batch on this rank's device. `num_prompts` of this data rank; every data rank has equally many samples."""

@@ -13,7 +13,7 @@ from megarl.bridge.separate_sync import SeparateSync
 from megarl.bridge.sync import WeightSync
 from megarl.checkpoint.sources import open_start, open_weights
 from megarl.checkpoint.store import Checkpointable, Checkpoints
-from megarl.config import ModelConfig, PpoRun
+from megarl.config import ModelConfig, PpoRun, RewardPart
 from megarl.data.batching import pad_rows, padded_length
 from megarl.data.prompts import PromptSet
 from megarl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, stop_token_ids
@@ -29,7 +29,8 @@ from megarl.ppo.kl import Estimator
 from megarl.ppo.parity import ParityGate
 from megarl.ppo.roles import Actor, Critic, Reference, RewardModel
 from megarl.records import RolloutBatch, TokenBatch
-from megarl.rewards.exact import ExactAnswer
+from megarl.rewards.build import RUN_ONCE, build_hook, build_scorer
+from megarl.rewards.check import ANSWER_KINDS
 from megarl.rewards.model import ModelScorer
 from megarl.rewards.scorer import Scorer, Term, WeightedSum, distinct_names
 from megarl.rollout.engine import Engine, make_greedy_requests
@@ -193,21 +194,24 @@ def _build_reference(run: PpoRun, layout: ParallelLayout, memory: Phases) -> KlS
 
 
 def _build_rewards(run: PpoRun, layout: ParallelLayout, tokenizer: Tokenizer, memory: Phases) -> WeightedSum:
-    def scorer(path: Path | None) -> Scorer:
-        if path is None:
-            return ExactAnswer()
-        spec, source = collectives.together(lambda: open_weights(path, "reward"), groups.group(layout, "world"))
+    together = partial(collectives.together, group=groups.group(layout, "world"))
+
+    def scorer(index: int, part: RewardPart) -> Scorer:
+        if part.path is None:
+            return together(lambda: build_scorer(index, part, run))
+        spec, source = together(lambda: open_weights(part.path, "reward"))
         model = RewardModel(spec, run, layout, source)
         memory.admit(FROZEN, model.movables)
         return ModelScorer(SequenceScores(model, tokenizer.pad_id))
 
     names = distinct_names([part.kind for part in run.rewards])
-    return WeightedSum(tuple(Term(name, part.weight, scorer(part.path)) for name, part in zip(names, run.rewards)))
+    terms = [Term(name, part.weight, scorer(i, part), part.kind in RUN_ONCE) for i, (name, part) in enumerate(zip(names, run.rewards))]
+    return WeightedSum(tuple(terms), together(lambda: build_hook(run)))
 
 
 def _read_prompts(run: PpoRun, tokenizer: Tokenizer) -> tuple[PromptSet, PromptSet | None]:
     """The prompts to train on and those held out, read with the same keys and limits."""
-    prompts = PromptSet(run.data, tokenizer, needs_answers=any(part.kind == "exact" for part in run.rewards))
+    prompts = PromptSet(run.data, tokenizer, needs_answers=any(part.kind in ANSWER_KINDS for part in run.rewards))
     if run.eval is None:
         return prompts, None
     return prompts, PromptSet(run.data.model_copy(update={"path": run.eval.path}), tokenizer, needs_answers=True)

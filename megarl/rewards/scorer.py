@@ -1,9 +1,10 @@
-"""From completions to rewards: what a scorer promises, and the weighted sum of several."""
+"""From completions to rewards: what a scorer promises, the weighted sum of several, and the hook behind it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
 
 from megarl.data.tokenizers import Tokenizer
 from megarl.errors import RewardError
@@ -20,39 +21,61 @@ class Scorer(Protocol):
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]) -> list[float]: ...
 
 
+# Changes the rewards of a data rank's rows: (prompts, completions, texts, rewards, parts before weights) -> rewards.
+Hook = Callable[[Sequence[Prompt], Sequence[Completion], Sequence[str], list[float], dict[str, list[float]]], list[float]]
+# Does a piece of scoring: (whether one rank of a replica does it for all, the piece) -> its scores.
+Run = Callable[[bool, Callable[[], list[float]]], list[float]]
+
+UNPROCESSED = "unprocessed"  # the part that keeps the weighted sum where a hook changes it
+
+
 @dataclass(frozen=True)
 class Term:
-    """A scorer's place in the sum. `name` is its key in `Trajectory.reward_parts`, which holds the score before weighting."""
+    """A scorer's place in the sum. `name` is its key in `Trajectory.reward_parts`, which holds the score before weighting.
+
+    `runs_once`: one rank of a model replica scores for all of them, because scoring costs much or may end differently each time.
+    """
 
     name: str
     weight: float
     scorer: Scorer
+    runs_once: bool = False
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """The reward of a run: sum of weight x score over its terms."""
+    """The reward of a run: sum of weight x score over its terms, then whatever `hook` makes of it."""
 
     terms: tuple[Term, ...]
+    hook: Hook | None = None
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
-        assert names and len(set(names)) == len(names), f"reward terms need distinct names: {names}"
+        assert names and len({*names, UNPROCESSED}) == len(names) + 1, f"reward terms need distinct names: {names}"
 
-    def judge(self, prompts: Sequence[Prompt], completions: Sequence[Completion], tokenizer: Tokenizer) -> list[Trajectory]:
+    def judge(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], tokenizer: Tokenizer, run: Run = lambda _, work: work()
+    ) -> list[Trajectory]:
         """Trajectories, entry i from prompt i and completion i (a prompt is repeated for each of its samples).
 
-        Raises `RewardError` when a scorer returns the wrong number of scores or one that is not finite.
+        Raises `RewardError` when a scorer or the hook returns the wrong number of scores, or one that is no finite number. Where ranks hold
+        the same samples, `run` decides who does the work; pieces come in the order of the terms, the hook last.
         """
         assert len(prompts) == len(completions), f"{len(prompts)} prompts for {len(completions)} completions"
         texts = [tokenizer.decode_response(completion.token_ids) for completion in completions]
-        columns = {term.name: _checked(term, term.scorer.score(prompts, completions, texts), completions) for term in self.terms}
-        trajectories = []
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            parts = {name: column[i] for name, column in columns.items()}
-            reward = sum(term.weight * parts[term.name] for term in self.terms)
-            trajectories.append(Trajectory(prompt, completion, reward, parts))
-        return trajectories
+        columns: dict[str, list[float]] = {}
+        for term in self.terms:
+            columns[term.name] = run(
+                term.runs_once, lambda t=term: checked(f"reward {t.name}", t.scorer.score(prompts, completions, texts), completions)
+            )
+        rewards = [sum(term.weight * columns[term.name][i] for term in self.terms) for i in range(len(prompts))]
+        if self.hook is not None:
+            parts, hook, columns = dict(columns), self.hook, columns | {UNPROCESSED: rewards}
+            rewards = run(True, lambda: checked("reward_hook", hook(prompts, completions, texts, list(rewards), parts), completions))
+        return [
+            Trajectory(prompt, completion, reward, {name: column[i] for name, column in columns.items()})
+            for i, (prompt, completion, reward) in enumerate(zip(prompts, completions, rewards, strict=True))
+        ]
 
 
 def distinct_names(kinds: Sequence[str]) -> list[str]:
@@ -64,13 +87,26 @@ def distinct_names(kinds: Sequence[str]) -> list[str]:
     return names
 
 
-def _checked(term: Term, scores: list[float], completions: Sequence[Completion]) -> list[float]:
+def checked(who: str, scores: Any, completions: Sequence[Completion]) -> list[float]:
+    """`scores` as floats, one for each completion. Raises `RewardError` naming `who` and the prompt of the first that is no number."""
+    if not isinstance(scores, list | tuple):
+        raise RewardError(f"{who} returned {_described(scores)}; expected a list of {len(completions)} numbers")
     if len(scores) != len(completions):
-        raise RewardError(f"reward {term.name} returned {len(scores)} scores for {len(completions)} completions")
+        ids = prompt_ids(completions)
+        raise RewardError(f"{who} returned {len(scores)} scores for {len(completions)} completions ({ids}); expected one for each")
     for completion, score in zip(completions, scores, strict=True):
-        if not math.isfinite(score):
-            raise RewardError(
-                f"reward {term.name} gave {score} to completion {completion.sample_index} of prompt {completion.prompt_id};"
-                " expected a finite number"
-            )
+        if not isinstance(score, Real) or not math.isfinite(score):
+            where = f"completion {completion.sample_index} of prompt {completion.prompt_id}"
+            raise RewardError(f"{who} gave {_described(score)} to {where}; expected a finite number")
     return [float(score) for score in scores]
+
+
+def prompt_ids(completions: Sequence[Completion], most: int = 4) -> str:
+    """`prompt 3`, or `prompts 3, 5, ...`: where completions come from, in a few words."""
+    ids = list(dict.fromkeys(completion.prompt_id for completion in completions))
+    some = ", ".join(map(str, ids[:most])) + (", ..." if len(ids) > most else "")
+    return f"prompt{'s' if len(ids) > 1 else ''} {some}"
+
+
+def _described(value: Any) -> str:
+    return str(value) if isinstance(value, Real) else f"{type(value).__name__} {str(value)[:60]!r}"

@@ -1,0 +1,52 @@
+"""From the configuration to scorers. Reward models are built where models are (`ppo.parts`); everything else here."""
+
+import re
+
+from megarl.config import PpoRun, RewardPart
+from megarl.rewards.check import seconds
+from megarl.rewards.code_tests import CodeTests
+from megarl.rewards.exact import ExactAnswer
+from megarl.rewards.function import FunctionHook, FunctionScorer, load_function
+from megarl.rewards.math_answer import MathAnswer
+from megarl.rewards.remote import RemoteScorer, read_token
+from megarl.rewards.rules import Length, NumericAnswer, Pattern, Repetition
+from megarl.rewards.sandbox import Sandbox
+from megarl.rewards.scorer import Scorer
+
+# Scored by one rank of a replica: they cost much, or the same response may get another score the next time.
+RUN_ONCE = ("function", "http", "math", "code")
+HOOK_TIMEOUT_S = 300.0
+
+
+def build_scorer(index: int, part: RewardPart, run: PpoRun) -> Scorer:
+    """The scorer of `rewards.<index>`, of any kind but `model`. Raises `SetupError` where this machine lacks what it needs."""
+    key = f"rewards.{index}"
+    match part.kind:
+        case "exact":
+            return ExactAnswer()
+        case "numeric":
+            return NumericAnswer(part.tolerance)
+        case "math":
+            return MathAnswer(seconds(part))
+        case "regex":
+            return Pattern(re.compile(part.pattern or "", re.DOTALL))
+        case "length":
+            return Length(part.target or 1, run.rollout.max_response_tokens)
+        case "repetition":
+            return Repetition(part.ngram)
+        case "function":
+            name = part.function or ""
+            return FunctionScorer(name, load_function(name, f"{key}.function"), seconds(part))
+        case "http":
+            return RemoteScorer(part.urls, part.per_request, seconds(part), read_token(part.token_file))
+        case "code":
+            return CodeTests(Sandbox(seconds(part), part.accept, key), 0.9 * run.parallel.timeout_s)
+    raise AssertionError(f"{part.kind} is built elsewhere")
+
+
+def build_hook(run: PpoRun) -> FunctionHook | None:
+    """The function behind the sum, if the run names one."""
+    if run.reward_hook is None:
+        return None
+    patience_s = min(HOOK_TIMEOUT_S, 0.9 * run.parallel.timeout_s)
+    return FunctionHook(run.reward_hook, load_function(run.reward_hook, "reward_hook"), patience_s)
