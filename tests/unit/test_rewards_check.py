@@ -1,15 +1,20 @@
 # ruff: noqa: E501 (expected lines stand as they are printed)
 """Wrong reward parts: one line each, before anything starts; and what every kind is built into."""
 
+import json
 import os
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from megarl import cli
 from megarl.config_file import load_run
 from megarl.rewards.build import build_hook, build_scorer
-from megarl.rewards.check import KNOBS, url_fault
+from megarl.rewards.check import KNOBS, reward_faults, url_fault
 from megarl.rewards.scorer import Scorer
+from tests.unit.reward_samples import scorer_rows
 from tests.unit.tiny_run import write_run
 
 FUNCTION = "package.module:function or path/to/file.py:function"
@@ -87,3 +92,20 @@ def test_what_this_machine_lacks_is_a_notice_for_a_check(tmp_path, capsys, monke
 )  # fmt: skip
 def test_only_listed_hosts_are_asked(url, is_allowed):
     assert (url_fault(url, ("judge.lan",)) == "") is is_allowed
+
+
+def test_the_examples_of_the_docs_are_right(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(example)
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        keys = yaml.safe_load(block.replace("my_rewards.py", str(tmp_path / "my_rewards.py")))
+        overrides = [f"{name}={json.dumps(value)}" for name, value in keys.items()]
+        run = load_run("ppo", write_run(tmp_path), [*overrides, "rollout.max_response_tokens=1024"])
+        assert list(reward_faults(run)) == []
+        if run.reward_hook is not None:
+            rows = scorer_rows(["a" * 500, "a" * 1500])
+            scores = build_scorer(0, run.rewards[0], run).score(*rows)
+            assert scores == [-0.5, -1.5] and build_hook(run)(*rows, scores, {"function": scores}) == [0.5, -0.5]
