@@ -52,7 +52,7 @@ class Pair:
         """The family and what is not as in the other pairs."""
         words = [f"{name} {size}" for key, name in NAMES.items() if (size := self.sizes.get(key)) is not None]
         words += ["after a step"] if self.learns else []
-        words += ["{} to {}".format(*self.precision)] if self.precision != ("fp32", "fp32") else []
+        words += [" to ".join(dict.fromkeys(self.precision))] if self.precision != ("fp32", "fp32") else []
         return ", ".join([self.family, *words])
 
     def __str__(self) -> str:
