@@ -153,6 +153,7 @@ def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
         replicas = num_generators(run, inspection.world_size)
         where = {"colocated": "", "separate": " beside the trainer's ranks", "remote": " that join from elsewhere"}[run.rollout.placement]
         updates = run.ppo.total_steps * run.ppo.num_epochs * minibatches
+        learners = f"{updates} of the critic, " if run.critic is not None else ""
         frozen = min(run.ppo.critic_warmup_steps, run.ppo.total_steps) * run.ppo.num_epochs * minibatches
         rows += [
             (
@@ -166,8 +167,8 @@ def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
             ),
             (
                 "optimizer steps",
-                f"{run.ppo.total_steps} steps x {run.ppo.num_epochs} epochs x {minibatches} minibatches = {updates} of the critic,"
-                f" {updates - frozen} of the actor",
+                f"{run.ppo.total_steps} steps x {run.ppo.num_epochs} epochs x {minibatches} minibatches = {learners}"
+                f"{updates - frozen} of the actor",
             ),
             ("tokens a step", f"at most {sequences} x {longest} = {sequences * longest:,}"),
         ]

@@ -199,9 +199,10 @@ class RewardPart(Section):
 
 
 class KlConfig(Section):
-    """KL against the reference, taken off the reward (semantics section 1)."""
+    """KL against the reference, taken off the reward or added to the loss (semantics sections 1 and 3)."""
 
     coef: Annotated[float, Field(ge=0)] = 0.05
+    place: Literal["reward", "loss"] = "reward"  # reward: off every token's reward; loss: of the policy as it learns, with gradient
     estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
     target: Annotated[float, Field(gt=0)] | None = None  # with a target the coefficient adapts (Ziegler et al. 2019)
     horizon: Positive = 10000  # sequences
@@ -217,22 +218,28 @@ class CorrectionConfig(Section):
 
 
 class PpoConfig(Section):
-    """The algorithm (semantics sections 1 to 4 and 6)."""
+    """The algorithm (docs/algorithms.md; semantics sections 1 to 4 and 6)."""
 
     total_steps: Positive
     num_epochs: Positive = 1
     minibatch_size: Positive  # sequences an optimizer step, over all data-parallel ranks
+    # gae and single_step learn values with a critic; the others hold none, and those with a group need several samples a prompt
+    advantage: Literal["gae", "single_step", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
     gamma: Fraction = 1.0
-    lam: Fraction = 0.95
+    lam: Fraction = 0.95  # gae alone
+    loss: Literal["clip", "cispo"] = "clip"  # clip: PPO's surrogate; cispo: log-prob times advantage and the clipped ratio, no gradient cut
+    ratio_level: Literal["token", "sequence"] = "token"  # new over old probability of each token, or of a response, geometric mean (GSPO)
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     value_clip: Annotated[float, Field(gt=0)] | None = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_fixed"] = "token_mean"
-    whiten: bool = True
+    whiten: bool | None = None  # advantages over the whole rollout; null: as the estimator's paper does (docs/algorithms.md)
     critic_warmup_steps: NotNegative = 0
     reward_clip: Annotated[float, Field(gt=0)] | None = None
+    reward_scale: Literal["none", "std", "normal"] = "none"  # by the run's rewards so far: over their std; less their mean first
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0  # off the reward of a response that the length limit cut
     bootstrap_truncated: bool = False
     correction: CorrectionConfig = CorrectionConfig()
     kl: KlConfig = KlConfig()
@@ -250,7 +257,7 @@ class PpoRun(Run):
     """`megarl ppo CONFIG`"""
 
     actor: TrainedModelConfig
-    critic: TrainedModelConfig
+    critic: TrainedModelConfig | None = None  # with gae and single_step alone
     reference: ModelConfig | None = None  # default: the actor's start
     rewards: tuple[RewardPart, ...]
     reward_hook: str | None = None  # module:function or file.py:function that changes the weighted sums of a step

@@ -12,6 +12,7 @@ from megarl.data.pack_size import tile_of, token_budget
 from megarl.errors import LayoutError
 from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
+from megarl.ppo.algorithms import ADVANTAGES
 from megarl.rewards.check import reward_faults
 
 LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert", "cluster")
@@ -31,7 +32,7 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
     data = world_size // replica if world_size % replica == 0 else None
     if isinstance(run, PpoRun):
         faults += [*_generation(run, world_size, specs), *_placement(run), *reward_faults(run), *_vocabularies(specs), *_kl(run)]
-        faults += [*_correction(run), *_ppo_batch(run, data)]
+        faults += [*_correction(run), *_algorithm(run), *_ppo_batch(run, data)]
     elif isinstance(run, SftRun | RewardRun):
         faults += [*_lesson(run), *_lesson_batch(run, data)]
     return faults
@@ -264,6 +265,30 @@ def _correction(run: PpoRun) -> Iterator[Fault]:
     if correction.kind == "mask" and correction.low >= correction.high:
         text = f"found {correction.low:g} with {knob}.high {correction.high:g}; expected less: every weight would be 0"
         yield Fault((f"{knob}.low", f"{knob}.high"), f"{knob}.low: {text}")
+
+
+def _algorithm(run: PpoRun) -> Iterator[Fault]:
+    """What an advantage estimator needs and has no use for, and which parts of a loss go together."""
+    ppo, samples, knob = run.ppo, run.rollout.samples_per_prompt, "ppo.advantage"
+    needs = ADVANTAGES[ppo.advantage]
+    if needs.critic and run.critic is None:
+        without = ", ".join(name for name, other in ADVANTAGES.items() if not other.critic)
+        yield Fault(("critic", knob), f"critic: missing; ppo.advantage {ppo.advantage} needs one: give critic.path, or choose {without}")
+    if not needs.critic and run.critic is not None:
+        text = f"critic: found {run.critic.path} with ppo.advantage {ppo.advantage}; expected critic: null, as nothing would use its values"
+        yield Fault(("critic", knob), text)
+    if not needs.critic and ppo.critic_warmup_steps:
+        text = f"found {ppo.critic_warmup_steps} with ppo.advantage {ppo.advantage}; expected 0: there is no critic to warm up"
+        yield Fault(("ppo.critic_warmup_steps", knob), f"ppo.critic_warmup_steps: {text}")
+    if needs.group and samples == 1:
+        text = f"found 1 with ppo.advantage {ppo.advantage}; expected at least 2: responses are compared with others to the same prompt"
+        yield Fault(("rollout.samples_per_prompt", knob), f"rollout.samples_per_prompt: {text}")
+    if ppo.bootstrap_truncated and ppo.advantage != "gae":
+        text = f"ppo.bootstrap_truncated: found true with ppo.advantage {ppo.advantage}; expected false: it is a part of gae"
+        yield Fault(("ppo.bootstrap_truncated", knob), text)
+    if ppo.dual_clip is not None and ppo.loss != "clip":
+        text = f"ppo.dual_clip: found {ppo.dual_clip:g} with ppo.loss {ppo.loss}; expected null: it is a part of the loss clip"
+        yield Fault(("ppo.dual_clip", "ppo.loss"), text)
 
 
 def _divides(name: str, size: int, parts: int, words: str, keys: tuple[str, ...]) -> Iterator[Fault]:

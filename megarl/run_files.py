@@ -42,7 +42,9 @@ class Survey:
 def model_uses(run: Run) -> list[ModelUse]:
     """The models of a run in the order they are loaded."""
     if isinstance(run, PpoRun):
-        configs = {"actor": ("actor", run.actor), "critic": ("critic", run.critic)}
+        configs = {"actor": ("actor", run.actor)}
+        if run.critic is not None:
+            configs["critic"] = ("critic", run.critic)
         if run.reference is not None:
             configs["reference"] = ("actor", run.reference)
         uses = [ModelUse(key, role, model.path, model.shape, model.random_init) for key, (role, model) in configs.items()]

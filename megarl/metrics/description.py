@@ -12,12 +12,12 @@ from megarl.ppo.kl import Estimator, kl_estimate, kl_of_sequences
 from megarl.records import Experience, Trajectory
 
 
-def describe(experience: Experience, kl_estimator: Estimator | None, kl_coef: float) -> Metrics:
+def describe(experience: Experience, kl_estimator: Estimator | None, kl_coef: float, has_critic: bool = True) -> Metrics:
     """This rank's share of the step's metrics; nothing is communicated.
 
     `kl/token_mean` (response-token mean of each sequence, then mean over sequences) is what the adaptive controller watches;
     `kl/sequence_sum` is what targets published for trlx refer to (semantics section 1). With `kl_estimator` None, a run without a
-    reference, nothing is said about KL. `kl_coef` is the coefficient this step used.
+    reference, nothing is said about KL, and nothing about values and returns without a critic. `kl_coef` is the coefficient this step used.
     """
     mask = experience.response_mask
     lengths = mask.sum(1)
@@ -32,9 +32,7 @@ def describe(experience: Experience, kl_estimator: Estimator | None, kl_coef: fl
             "response/truncated_share": mean_of(experience.truncated),
             "response/tokens": Total(lengths.sum()),
             **_mean_and_std("advantage", advantages),
-            **_mean_and_std("return", returns),
-            **_mean_and_std("value", values),
-            "value/explained_variance": ExplainedVariance.of(values, returns),
+            **(_fit(values, returns) if has_critic else {}),
         }
     )
 
@@ -54,6 +52,14 @@ def _kl(experience: Experience, estimator: Estimator, kl_coef: float) -> dict[st
         "kl/token_mean": mean_of(kl_of_sequences(kl, mask)),
         "kl/sequence_sum": mean_of(kl.sum(1)),
         "kl/coef": Metric(kl_coef),
+    }
+
+
+def _fit(values: Tensor, returns: Tensor) -> dict[str, Metric | Deviation | ExplainedVariance]:
+    return {
+        **_mean_and_std("return", returns),
+        **_mean_and_std("value", values),
+        "value/explained_variance": ExplainedVariance.of(values, returns),
     }
 
 

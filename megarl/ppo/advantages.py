@@ -16,14 +16,12 @@ def last_true(mask: Tensor) -> Tensor:
     return mask & (following == 1)
 
 
-def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, reward_clip: float | None) -> Tensor:
-    """Rewards of single tokens: `-kl_coef * kl` everywhere and the sequence's (clipped) reward on its last response token.
+def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards of single tokens: `-kl_coef * kl` everywhere and the sequence's reward on its last response token.
 
     Shapes: `rewards` f32[B], `kl` f32[B, T], `mask` bool[B, T]; returns f32[B, T], 0 where the mask is False.
-    Source: semantics section 1; Ouyang et al. (2022); the clip is DeepSpeed-Chat's.
+    Source: semantics section 1; Ouyang et al. (2022).
     """
-    if reward_clip is not None:
-        rewards = rewards.clamp(-reward_clip, reward_clip)
     penalty = torch.where(mask, -kl_coef * kl, 0.0)
     return penalty + torch.where(last_true(mask), rewards[:, None].to(kl.dtype), 0.0)
 

@@ -31,6 +31,18 @@ def kl_estimate(old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estima
     raise AssertionError(f"unknown KL estimator {estimator}")
 
 
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Estimator) -> Tensor:
+    """`kl_estimate` of the policy as it learns, as a loss of every response token: gradients flow into `logprobs`.
+
+    The gradient of k1 itself is 0 on average, so k1 has its value and the gradient of k2 (straight-through).
+    Shapes: as for `kl_estimate`. Source: semantics section 3; Shao et al. (2024) put k3 there.
+    """
+    if estimator != "k1":
+        return kl_estimate(logprobs, ref_logprobs, mask, estimator)
+    value, slope = (kl_estimate(logprobs, ref_logprobs, mask, name) for name in ("k1", "k2"))
+    return slope + (value - slope).detach()
+
+
 def kl_of_sequences(kl: Tensor, mask: Tensor) -> Tensor:
     """Mean over the response tokens of each sequence: f32[B] from `kl` f32[B, T]; 0 for a sequence without response tokens."""
     return (kl * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -7,7 +7,7 @@ from megarl.config import PpoRun
 from megarl.metrics import Metric, StepMetrics, describe, describe_rewards
 from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
-from megarl.ppo.credit import assign_credit
+from megarl.ppo.credit import assign_credit, observe_rewards
 from megarl.ppo.kl import next_kl_coef
 from megarl.ppo.minibatches import minibatches
 from megarl.ppo.parts import Parts
@@ -40,23 +40,24 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
             ref_logprobs = parts.reference.logprobs(rollout, old_logprobs)
             values = parts.critic.values(rollout)
         # credit: rewards become advantages and returns
-        experience = assign_credit(rollout, old_logprobs, ref_logprobs, values, run.ppo, state.kl_coef, layout)
+        rewards_seen = observe_rewards(state.rewards_seen, rollout, run.ppo, layout)
+        experience = assign_credit(rollout, old_logprobs, ref_logprobs, values, run.ppo, state.kl_coef, layout, rewards_seen)
         # learn: several passes over the same experience; the critic alone at first
         is_policy_updated = state.step >= run.ppo.critic_warmup_steps
         with parts.memory.learning(), metrics.time("learn"):
             for minibatch in minibatches(experience, run.ppo, run.seed, state.step, layout, parts.actor.learner.packing):
                 metrics += parts.critic.update(minibatch)
                 if is_policy_updated:
-                    metrics += parts.actor.update(minibatch)
+                    metrics += parts.actor.update(minibatch, state.kl_coef)
         # publish: the sampler gets the new policy before the next step
         with parts.memory.publishing(), metrics.time("publish"):
             parts.weight_sync.push(parts.actor, version=state.policy_version + is_policy_updated)
         # keep: one reduction makes the step's numbers the same on all ranks
-        metrics += describe(experience, parts.reference.estimator, state.kl_coef) + describe_rewards(trajectories)
+        metrics += describe(experience, parts.reference.estimator, state.kl_coef, run.critic is not None) + describe_rewards(trajectories)
         report = metrics.reduced(partial(collectives.gather_json, group=data_group))
         observed_kl = report.get("kl/token_mean", Metric(0.0)).value
         kl_coef = next_kl_coef(state.kl_coef, observed_kl, len(rollout) * layout.data, run.ppo.kl)
-        state = state.advance(run.rollout.prompts_per_step, kl_coef, is_policy_updated)
+        state = state.advance(run.rollout.prompts_per_step, kl_coef, is_policy_updated, rewards_seen)
         evaluation = parts.evaluator.after_step(state)
         parts.log.write(state.step, report + evaluation.metrics, parts.judge.samples(trajectories, run.log.samples), evaluation.samples)
         if parts.checkpoints.due(state):

@@ -19,29 +19,51 @@ LARGEST_LOG_RATIO = 20.0  # exp stays finite in every float format
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, config: PpoConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate loss of every response token, and what to watch about it.
+    """The surrogate loss of every response token, and what to watch about it.
 
-    Uses `clip_low`, `clip_high` and `dual_clip` of `config`. Gradients flow into `logprobs` only.
+    Uses `loss`, `ratio_level`, `clip_low`, `clip_high` and `dual_clip` of `config`. Gradients flow into `logprobs` only. With
+    `ratio_level` sequence the ratio of every token is that of its response: exp of the mean log-ratio (rows must be whole).
     Shapes: four [B, T] (mask bool); returns f32[B, T] and detached f32[B, T] diagnostics, all 0 where the mask is False:
-    `ratio` new over old probability, `clipped` 1 where the clip decides, `old_kl` k3 estimate of KL(old || new).
-    Source: semantics section 3; Schulman et al. (2017); dual clip after Ye et al. (2020).
+    `ratio` new over old probability, `clipped` 1 where the clip decides, `old_kl` k3 estimate of KL(old || new), token by token.
+    Source: semantics section 3; Schulman et al. (2017); sequence ratio after Zheng et al. (2025), GSPO.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    moved = log_ratio
+    if config.ratio_level == "sequence":
+        moved = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
+    ratio = moved.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
     advantages = torch.where(mask, advantages, 0.0)
+    loss, clipped = SURROGATES[config.loss](ratio, torch.where(mask, logprobs, 0.0), advantages, config)
+    with torch.no_grad():
+        chosen = mask.to(ratio.dtype)
+        diagnostics = {
+            "ratio": ratio.detach() * chosen,
+            "clipped": clipped.to(ratio.dtype) * chosen,
+            "old_kl": (torch.expm1(log_ratio.detach().clamp(max=LARGEST_LOG_RATIO)) - log_ratio.detach()) * chosen,
+        }
+    return loss, diagnostics
+
+
+def clipped_surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PpoConfig) -> tuple[Tensor, Tensor]:
+    """PPO's loss and where its clip decides, [B, T]. Source: Schulman et al. (2017); dual clip after Ye et al. (2020)."""
     free = -advantages * ratio
     held = -advantages * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss = torch.maximum(free, held)
     if config.dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -config.dual_clip * advantages), loss)
-    with torch.no_grad():
-        chosen = mask.to(ratio.dtype)
-        diagnostics = {
-            "ratio": ratio.detach() * chosen,
-            "clipped": (held > free).to(ratio.dtype) * chosen,
-            "old_kl": (torch.expm1(log_ratio.detach().clamp(max=LARGEST_LOG_RATIO)) - log_ratio.detach()) * chosen,
-        }
-    return loss, diagnostics
+    return loss, held > free
+
+
+def clipped_weights(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PpoConfig) -> tuple[Tensor, Tensor]:
+    """CISPO: log-prob times advantage and the clipped ratio as a number, so that every token keeps a gradient; and where the clip decides.
+
+    Source: MiniMax-M1 (2025), equation 4.
+    """
+    weights = ratio.detach().clamp(1 - config.clip_low, 1 + config.clip_high)
+    return -weights * advantages * logprobs, weights != ratio.detach()
+
+
+SURROGATES = {"clip": clipped_surrogate, "cispo": clipped_weights}
 
 
 def correction_weights(

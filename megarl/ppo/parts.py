@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megarl.bridge.separate_sync import SeparateSync
@@ -17,7 +18,7 @@ from megarl.config import ModelConfig, PpoRun, RewardPart
 from megarl.data.batching import pad_rows, padded_length
 from megarl.data.prompts import PromptSet
 from megarl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, stop_token_ids
-from megarl.metrics import RunLog
+from megarl.metrics import Metrics, RunLog
 from megarl.metrics.terminal import PPO_HEADLINE
 from megarl.models.spec import ModelSpec
 from megarl.parallel import collectives, device, groups
@@ -28,7 +29,7 @@ from megarl.ppo.judge import TOKENS_A_TENSOR_RANK, Judge
 from megarl.ppo.kl import Estimator
 from megarl.ppo.parity import ParityGate
 from megarl.ppo.roles import Actor, Critic, Reference, RewardModel
-from megarl.records import RolloutBatch, TokenBatch
+from megarl.records import Experience, RolloutBatch, TokenBatch
 from megarl.rewards.build import RUN_ONCE, build_hook, build_scorer
 from megarl.rewards.check import ANSWER_KINDS
 from megarl.rewards.model import ModelScorer
@@ -67,6 +68,16 @@ class NoReference:
         return old_logprobs
 
 
+class NoCritic:
+    """A run whose advantages need no values holds no critic."""
+
+    def values(self, rollout: RolloutBatch) -> Tensor:
+        return torch.zeros_like(rollout.rollout_logprobs)
+
+    def update(self, minibatch: Experience) -> Metrics:
+        return Metrics()
+
+
 @dataclass(frozen=True)
 class Parts:
     """Everything `ppo.loop.train` uses. A part may be exchanged for another with the same methods."""
@@ -77,7 +88,7 @@ class Parts:
     memory: Phases
     judge: Judge
     actor: Actor
-    critic: Critic
+    critic: Critic | NoCritic
     reference: KlSource
     weight_sync: WeightSync
     parity: ParityGate
@@ -88,7 +99,7 @@ class Parts:
     @property
     def checkpointables(self) -> Mapping[str, Checkpointable]:
         """The models that learn, by their name in checkpoints."""
-        return {"actor": self.actor, "critic": self.critic}
+        return {"actor": self.actor} | ({"critic": self.critic} if isinstance(self.critic, Critic) else {})
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,6 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     memory.admit("actor", actor.movables)
     reference = _build_reference(run, layout, memory)
     judge = Judge(_build_rewards(run, layout, tokenizer, memory), tokenizer, layout)
-    critic = Critic(*_role_arguments(run, layout, run.critic, "critic"))
-    memory.admit("critic", critic.movables)
     return Parts(
         prompts=prompts,
         stop_token_ids=stops,
@@ -133,7 +142,7 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
         memory=memory,
         judge=judge,
         actor=actor,
-        critic=critic,
+        critic=_build_critic(run, layout, memory),
         reference=reference,
         weight_sync=weight_sync,
         parity=ParityGate(run, layout, prompts, stops, engine, memory, judge, actor),
@@ -191,6 +200,14 @@ def _build_reference(run: PpoRun, layout: ParallelLayout, memory: Phases) -> KlS
     reference = Reference(*_role_arguments(run, layout, run.reference or run.actor, "actor"))
     memory.admit(FROZEN, reference.movables)
     return FrozenReference(reference, kl.estimator)
+
+
+def _build_critic(run: PpoRun, layout: ParallelLayout, memory: Phases) -> Critic | NoCritic:
+    if run.critic is None:
+        return NoCritic()
+    critic = Critic(*_role_arguments(run, layout, run.critic, "critic"))
+    memory.admit("critic", critic.movables)
+    return critic
 
 
 def _build_rewards(run: PpoRun, layout: ParallelLayout, tokenizer: Tokenizer, memory: Phases) -> WeightedSum:

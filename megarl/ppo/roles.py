@@ -23,6 +23,7 @@ from megarl.parallel import groups
 from megarl.parallel.collectives import sum_over
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.memory import Movable
+from megarl.ppo.kl import kl_loss
 from megarl.ppo.losses import aggregate, correction_weights, count_for, entropy_loss, policy_loss, value_loss
 from megarl.records import Experience, RolloutBatch, TokenBatch
 
@@ -71,7 +72,8 @@ class Actor:
         settings = (run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
         # a mean over each sequence needs all its tokens in one place, and so does its probability
         correction = run.ppo.correction
-        is_whole = run.ppo.aggregation == "sequence_mean" or (correction.kind != "none" and correction.level == "sequence")
+        is_whole = run.ppo.aggregation == "sequence_mean" or run.ppo.ratio_level == "sequence"
+        is_whole = is_whole or (correction.kind != "none" and correction.level == "sequence")
         deals = "rows" if is_whole else "tokens"
         self._scoring_head, self._learning_head = LogprobHead(*settings), PolicyHead(*settings, deals=deals)
 
@@ -79,22 +81,28 @@ class Actor:
         """Log-probabilities of the response tokens under the policy as it is, tempered like the sampler: f32[B, T], 0 elsewhere."""
         return self.learner.forward(batch, self._scoring_head)
 
-    def update(self, minibatch: Experience) -> Metrics:
-        """One optimizer step on this data rank's share of a minibatch (semantics section 3). Reduce the metrics over data ranks."""
+    def update(self, minibatch: Experience, kl_coef: float = 0.0) -> Metrics:
+        """One optimizer step on this data rank's share of a minibatch (semantics section 3). Reduce the metrics over data ranks.
+
+        `kl_coef` is this step's coefficient, used where `ppo.kl.place` is loss.
+        """
         group = groups.group(self.layout, "dp")
         mine = count_for(self._ppo.aggregation, minibatch.response_mask, self._max_response_tokens)
         denominator = sum_over(mine, group).clamp(min=1)
-        return self.learner.step(minibatch, self._learning_head, partial(self._loss, denominator)).under("actor")
+        return self.learner.step(minibatch, self._learning_head, partial(self._loss, denominator, kl_coef)).under("actor")
 
-    def _loss(self, denominator: Tensor, stats: tuple[Tensor, Tensor], rows: Experience) -> tuple[Tensor, Metrics]:
+    def _loss(self, denominator: Tensor, kl_coef: float, stats: tuple[Tensor, Tensor], rows: Experience) -> tuple[Tensor, Metrics]:
         logprobs, entropy = stats
         mask = rows.response_mask
         per_token, seen = policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, self._ppo)
-        correction = Metrics()
+        extra = Metrics()
         if self._ppo.correction.kind != "none":
             weights, found = correction_weights(rows.old_logprobs, rows.rollout_logprobs, mask, self._ppo.correction)
-            per_token, correction = weights * per_token, _correction_metrics(weights, found, mask)
+            per_token, extra = weights * per_token, _correction_metrics(weights, found, mask)
         total = per_token + entropy_loss(entropy, mask, self._ppo.entropy_coef)
+        if self._ppo.kl.place == "loss":
+            kl = kl_loss(logprobs, rows.ref_logprobs, mask, self._ppo.kl.estimator)
+            total, extra = total + kl_coef * kl, extra + Metrics({"kl": _token_mean(kl, mask)})
         metrics = Metrics(
             {
                 "loss": _token_mean(per_token, mask),
@@ -105,7 +113,7 @@ class Actor:
                 "ratio_max": Largest(seen["ratio"].max()),
             }
         )
-        return aggregate(total, mask, self._ppo.aggregation, denominator), metrics + correction
+        return aggregate(total, mask, self._ppo.aggregation, denominator), metrics + extra
 
 
 class Critic:
@@ -113,6 +121,7 @@ class Critic:
 
     def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
         self.spec, self.layout, self._value_clip = spec, layout, run.ppo.value_clip
+        assert run.critic is not None
         self.learner, self.pieces = build_learner(spec, "critic", run.critic, run, layout, source, num_updates(run))
         self.movables = self.learner.movables
         self._head = ValueHead()

@@ -19,6 +19,8 @@ ROWS, LENGTH = 16, 6
 LAYOUTS = {"tp4": {"tensor": 4}, "tp2dp2": {"tensor": 2}, "pp2dp2": {"pipeline": 2}, "pp4": {"pipeline": 4}, "dp4": {}}
 CONFIG = PpoConfig(total_steps=1, minibatch_size=8, num_epochs=2, reward_clip=1.5, bootstrap_truncated=True, gamma=0.9)
 
+GROUPWISE = ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
+
 
 def whole_rollout() -> tuple[RolloutBatch, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rollout of all data ranks, and what three models say about it; the same on every rank."""
@@ -52,11 +54,14 @@ def learn_under(layout) -> dict:
     rollout, old, ref, values = whole_rollout()
     experience = assign_credit(rollout.rows(mine), old[mine], ref[mine], values[mine], CONFIG, 0.1, layout)
     together = partial(collectives.gather_rows, group=group)
+    arguments = rollout.rows(mine), old[mine], ref[mine], values[mine]
+    groupwise = {name: assign_credit(*arguments, CONFIG.model_copy(update={"advantage": name}), 0.1, layout) for name in GROUPWISE}
     pieces = list(minibatches(experience, CONFIG, seed=3, step=5, layout=layout))
     by_work = list(minibatches(experience, CONFIG, 3, 5, layout, Packing(max_tokens=64, cost=Cost(0.1))))
     metrics = StepMetrics(clock=lambda: 0.0)
     metrics += describe(experience, "k1", 0.1)
     return {
+        "groupwise": {name: together(found.advantages) for name, found in groupwise.items()},
         "experience": {f.name: together(getattr(experience, f.name)) for f in fields(Experience)},
         "minibatches": [{f.name: together(getattr(piece, f.name)) for f in fields(Experience)} for piece in pieces],
         "by_work": [{f.name: together(getattr(piece, f.name)) for f in fields(Experience)} for piece in by_work],
@@ -130,6 +135,15 @@ def test_credit_does_not_depend_on_the_layout(results):
         for name in LAYOUTS:
             for field, tensor in expected.items():
                 torch.testing.assert_close(ranks[name]["experience"][field], tensor)
+
+
+def test_no_stage_judges_a_part_of_a_group(results):
+    expected = results[0]["tp4"]["groupwise"]
+    assert all(tensor.any() for tensor in expected.values())
+    for ranks in results:
+        for name in LAYOUTS:
+            for estimator, tensor in expected.items():
+                torch.testing.assert_close(ranks[name]["groupwise"][estimator], tensor)
 
 
 def test_minibatches_hold_the_same_samples_under_every_layout(results):

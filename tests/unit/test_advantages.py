@@ -78,7 +78,7 @@ def test_permuting_sequences_permutes_results(order):
 
 def test_reward_lands_on_the_last_response_token_only():
     mask = torch.tensor([[False, True, True, False, True, False], [True, False, False, False, False, False]])
-    got = token_rewards(torch.tensor([2.0, -9.0]), torch.full((2, 6), 0.5), mask, kl_coef=0.1, reward_clip=5.0)
+    got = token_rewards(torch.tensor([2.0, -5.0]), torch.full((2, 6), 0.5), mask, kl_coef=0.1)
     expected = torch.tensor([[0, -0.05, -0.05, 0, 2 - 0.05, 0], [-5 - 0.05, 0, 0, 0, 0, 0]])
     torch.testing.assert_close(got, expected)
 
@@ -86,7 +86,7 @@ def test_reward_lands_on_the_last_response_token_only():
 def test_an_empty_response_gets_no_reward():
     mask = torch.zeros(1, 3, dtype=torch.bool)
     assert not last_true(mask).any()
-    assert not token_rewards(torch.tensor([1.0]), torch.zeros(1, 3), mask, 0.1, None).any()
+    assert not token_rewards(torch.tensor([1.0]), torch.zeros(1, 3), mask, 0.1).any()
 
 
 def test_whitening_gives_mean_zero_and_unbiased_variance_one():

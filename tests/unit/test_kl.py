@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarl.config import KlConfig
-from megarl.ppo.kl import kl_estimate, kl_of_sequences, next_kl_coef
+from megarl.ppo.kl import kl_estimate, kl_loss, kl_of_sequences, next_kl_coef
 
 FORMULAS = {
     "k1": lambda o, b: o - b,
@@ -72,3 +72,15 @@ def test_adaptive_coefficient_follows_the_clipped_error():
 def test_adaptive_coefficient_moves_towards_the_target(observed, target):
     coef = next_kl_coef(0.1, observed, 64, KlConfig(target=target))
     assert (coef - 0.1) * (observed - target) >= 0 and coef > 0
+
+
+@pytest.mark.parametrize("estimator", FORMULAS)
+def test_kl_in_the_loss_has_the_estimators_value_and_a_gradient_towards_the_reference(estimator):
+    policy = torch.tensor([[-1.0, -3.0, -2.0]], requires_grad=True)
+    ref, mask = torch.tensor([[-2.0, -1.5, float("nan")]]), torch.tensor([[True, True, False]])
+    loss = kl_loss(policy, ref, mask, estimator)
+    torch.testing.assert_close(loss.detach(), kl_estimate(policy.detach(), ref, mask, estimator))
+    loss.sum().backward()
+    apart = torch.tensor([[1.0, -1.5, 0.0]])  # policy's less the reference's
+    slopes = {"k1": apart, "abs": apart.sign(), "k2": apart, "k3": torch.where(mask, 1 - torch.exp(-apart), 0.0)}
+    torch.testing.assert_close(policy.grad, slopes[estimator])

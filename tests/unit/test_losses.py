@@ -84,6 +84,64 @@ def test_garbage_outside_the_mask_reaches_neither_loss_nor_gradient():
     torch.testing.assert_close(poisoned.grad, clean.grad)
 
 
+def test_sequence_ratio_is_the_geometric_mean_of_the_response():
+    new, old, advantages, mask = tensors(8)
+    advantages = advantages[:, :1].expand_as(advantages)
+    loss, diagnostics = policy_loss(new, old, advantages, mask, config(ratio_level="sequence", clip_high=0.3))
+    for b in range(len(mask)):
+        log_ratios = [(new[b, t] - old[b, t]).item() for t in range(mask.shape[1]) if mask[b, t]]
+        ratio, advantage = math.exp(sum(log_ratios) / len(log_ratios)), advantages[b, 0].item()
+        expected = max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.3))
+        assert loss[b][mask[b]].tolist() == pytest.approx([expected] * len(log_ratios), rel=1e-5)
+        assert diagnostics["ratio"][b][mask[b]].tolist() == pytest.approx([ratio] * len(log_ratios), rel=1e-5)
+    assert not loss[~mask].any() and not diagnostics["ratio"][~mask].any() and not diagnostics["clipped"][~mask].any()
+
+
+def test_sequence_ratio_gives_every_token_of_a_response_one_gradient():
+    """That of the response's own loss: -A rho over its length, under the mean over sequences."""
+    _, old, advantages, mask = tensors(9)
+    advantages = advantages[:, :1].expand_as(advantages)
+    new = (old + 0.1).requires_grad_()
+    token_losses = policy_loss(new, old, advantages, mask, config(ratio_level="sequence"))[0]
+    aggregate(token_losses, mask, "sequence_mean", count_for("sequence_mean", mask, 9)).backward()
+    expected = -advantages * math.exp(0.1) / mask.sum(1, keepdim=True) / len(mask)
+    torch.testing.assert_close(new.grad, torch.where(mask, expected, 0.0))
+
+
+def test_cispo_is_the_formula_and_keeps_every_gradient():
+    new, old, advantages, mask = tensors(10)
+    variable = new.clone().requires_grad_()
+    loss, diagnostics = policy_loss(variable, old, advantages, mask, config(loss="cispo", clip_low=0.5, clip_high=0.3))
+    loss.sum().backward()
+    for b in range(len(mask)):
+        for t in range(mask.shape[1]):
+            ratio = math.exp(new[b, t] - old[b, t])
+            weight = min(max(ratio, 0.5), 1.3)
+            slope = -weight * advantages[b, t].item() if mask[b, t] else 0.0
+            assert variable.grad[b, t].item() == pytest.approx(slope, rel=1e-5)
+            assert loss[b, t].item() == pytest.approx(slope * new[b, t].item(), rel=1e-5, abs=1e-6)
+            assert diagnostics["clipped"][b, t].item() == float(weight != ratio and bool(mask[b, t]))
+
+
+@pytest.mark.parametrize("kind", ["clip", "cispo"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_every_surrogate_obeys_the_laws(kind, ratio):
+    """Linear in the advantages' scale, blind to what the mask hides, and a permutation of sequences permutes it."""
+    new, old, advantages, mask = tensors(11)
+    chosen = config(loss=kind, ratio_level=ratio)
+    plain = policy_loss(new, old, advantages, mask, chosen)[0]
+    torch.testing.assert_close(policy_loss(new, old, 3 * advantages, mask, chosen)[0], 3 * plain)
+    order = [3, 0, 4, 2, 1]
+    assert torch.equal(policy_loss(new[order], old[order], advantages[order], mask[order], chosen)[0], plain[order])
+    poison = torch.where(mask, 0.0, float("nan"))
+    poisoned, clean = (new + poison).requires_grad_(), new.clone().requires_grad_()
+    found = policy_loss(poisoned, old + poison, advantages + poison, mask, chosen)[0]
+    torch.testing.assert_close(found, plain)
+    found.sum().backward()
+    policy_loss(clean, old, advantages, mask, chosen)[0].sum().backward()
+    torch.testing.assert_close(poisoned.grad, clean.grad)
+
+
 @pytest.mark.parametrize("kind", ["tis", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_correction_weights_are_the_formula(kind, level):

@@ -97,6 +97,11 @@ def test_without_a_reference_nothing_is_said_about_kl():
     assert not [name for name in describe(experience(), None, 0.0) if name.startswith("kl/")]
 
 
+def test_without_a_critic_nothing_is_said_about_its_fit():
+    names = describe(experience(), "k1", 0.1, has_critic=False)
+    assert not [name for name in names if name.startswith(("value/", "return/"))] and "advantage/std" in names
+
+
 def test_description_does_not_depend_on_how_ranks_hold_the_experience():
     e = experience()
     parts = [describe(e.rows(rows), "k3", 0.1) for rows in (torch.tensor([4, 0]), torch.tensor([1, 2, 3, 5]))]
