@@ -27,7 +27,11 @@ class Counting:
         return [100.0 * self.layout.rank + 10 * self.calls + i for i in range(len(texts))]
 
 
-def judge_twice(rank: int, world_size: int, sizes: dict) -> dict:
+def on_both_layouts(rank: int, world_size: int) -> list[dict]:
+    return [judge_twice(rank, sizes) for sizes in ({"tensor": 2}, {"tensor": 2, "pipeline": 2})]
+
+
+def judge_twice(rank: int, sizes: dict) -> dict:
     from megarl.parallel import groups
     from megarl.ppo.judge import Judge
 
@@ -49,17 +53,17 @@ def judge_twice(rank: int, world_size: int, sizes: dict) -> dict:
     with pytest.raises(RewardError, match=rf"no scores for prompt {10 * (layout.data - 1)} \(rank {leader}\)"):
         broken.trajectories(prompts, completions)
     return {
-        "dp_rank": layout.dp_rank,
         "leader": layout.ranks_along("model")[0],
         "rewards": rewards,
         "calls": (everywhere.calls, once.calls, len(hooked)),
     }
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"tensor": 2, "pipeline": 2}], ids=["tp2dp2", "tp2pp2"])
-def test_one_rank_of_a_replica_scores_for_all(sizes):
-    for rank, found in enumerate(run_ranks(judge_twice, 4, sizes)):
-        leader = found["leader"]
-        base = [100.0 * leader + 0.5 * leader + 10 * call for call in (1, 2)]
-        assert found["rewards"] == [[start, start + 1] for start in base], rank
-        assert found["calls"] == ((2, 2, 2) if rank == leader else (2, 0, 0)), rank
+def test_one_rank_of_a_replica_scores_for_all():
+    for rank, layouts in enumerate(run_ranks(on_both_layouts, 4)):
+        assert [found["leader"] for found in layouts] == [rank // 2 * 2, 0]
+        for found in layouts:
+            leader = found["leader"]
+            base = [100.0 * leader + 0.5 * leader + 10 * call for call in (1, 2)]
+            assert found["rewards"] == [[start, start + 1] for start in base], rank
+            assert found["calls"] == ((2, 2, 2) if rank == leader else (2, 0, 0)), rank
