@@ -223,9 +223,8 @@ def trainer_difference(replica, answers, requests) -> float:
     from megarl.models.token_stats import LogprobHead
     from megarl.records import RolloutBatch
 
-    if not answers:
-        return 0.0
-    rows = [[*request.token_ids, *answer.token_ids] for request, answer in zip(requests, answers)]
+    # A data rank without prompts computes something all the same: where replicas share experts, they do so together.
+    rows = [[*request.token_ids, *answer.token_ids] for request, answer in zip(requests, answers)] or [[4, 5, 6]]
     width = -(-max(len(row) for row in rows) // 8) * 8
     token_ids, mask, sampled = (
         torch.zeros(len(rows), width, dtype=torch.long),
@@ -242,8 +241,8 @@ def trainer_difference(replica, answers, requests) -> float:
     )
     with torch.no_grad():
         logprobs = replica.forward(batch, LogprobHead(1 << 20, TEMPERATURE, "response_mask"))
-    assert bool((sampled[mask] != 0).any())
-    return float((logprobs - sampled)[mask].abs().max())
+    assert not answers or bool((sampled[mask] != 0).any())
+    return max((logprobs - sampled)[mask].abs().tolist(), default=0.0)
 
 
 # --- a fault on the way ---
