@@ -26,6 +26,7 @@ FORGOTTEN = {
     ".log.": "files that are appended to; a resumed run drops lines of steps that it does again",
     ".weight_sync.": "how many syncs were verified: the first ones of every process are",
     ".memory.": "where tensors wait between phases, not what they hold",
+    ".judge.alarm.": "for how many steps a reward was constant, which is a warning; each process counts its own",
     ".parity.": "which samples were compared: each process compares its first step",
     ".movables.": "where tensors wait between phases, not what they hold",
     ".engine.": "the sampler's own buffers: its weights are pushed, its random numbers follow (seed, step, sample)",
