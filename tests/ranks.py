@@ -25,6 +25,7 @@ from typing import Any
 
 COLLECTIVE_TIMEOUT_S = 120
 
+
 def run_ranks(function: Callable, world_size: int, *args: Any, timeout_s: float = 300, environment: dict[str, str] | None = None) -> list:
     """Call `function(rank, world_size, *args)` on every rank; returns what each returned, in rank order.
 

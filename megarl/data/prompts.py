@@ -45,9 +45,9 @@ class PromptSet:
         config = self._config
         answer = answer_field(row, config.answer_key) if self._needs_answers or config.answer_key in row else ""
         if config.chat_template:
-            messages = messages_field(row, "messages") if "messages" in row else [
-                {"role": "user", "content": text_field(row, config.prompt_key)}
-            ]
+            messages = (
+                messages_field(row, "messages") if "messages" in row else [{"role": "user", "content": text_field(row, config.prompt_key)}]
+            )
             if messages[-1]["role"] == "assistant":
                 raise LineFault("'messages' ends with the assistant; a prompt ends with the message to answer")
             token_ids, text = self._tokenizer.render_chat(messages, add_generation_prompt=True), messages[-1]["content"]

@@ -1,6 +1,6 @@
 """The course: make data, SFT, reward model, PPO, export, verification, report. Each stage is the command a cluster runs.
 
-    python -m megarl.quickstart.course [--layout tp2pp2dp1] [--seed 0] [--out runs/quickstart] [stage:key=value ...]
+python -m megarl.quickstart.course [--layout tp2pp2dp1] [--seed 0] [--out runs/quickstart] [stage:key=value ...]
 """
 
 import argparse

@@ -193,14 +193,17 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_the_sampl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, parallel, generators", [
-    ("tp2pp2", {"tensor": 2, "pipeline": 2, "sequence": True, "microbatch_size": 4}, 2),
-    ("pp2dp2", {"pipeline": 2, "microbatch_size": 8}, 1),
-    ("tp2dp2", {"tensor": 2, "microbatch_size": 8}, 4),
-    ("packed", {"pipeline": 2, "max_tokens_per_microbatch": 64}, 1),
-    ("cp2dp2", {"context": 2, "microbatch_size": 8}, 1),
-    ("pp2cp2", {"pipeline": 2, "context": 2, "microbatch_size": 4}, 2),
-])
+@pytest.mark.parametrize(
+    "name, parallel, generators",
+    [
+        ("tp2pp2", {"tensor": 2, "pipeline": 2, "sequence": True, "microbatch_size": 4}, 2),
+        ("pp2dp2", {"pipeline": 2, "microbatch_size": 8}, 1),
+        ("tp2dp2", {"tensor": 2, "microbatch_size": 8}, 4),
+        ("packed", {"pipeline": 2, "max_tokens_per_microbatch": 64}, 1),
+        ("cp2dp2", {"context": 2, "microbatch_size": 8}, 1),
+        ("pp2cp2", {"pipeline": 2, "context": 2, "microbatch_size": 4}, 2),
+    ],
+)
 def test_the_layout_does_not_show(course, name, parallel, generators):
     root, _ = course
     rollout = {"prompts_per_step": 16, "samples_per_prompt": 2, "max_response_tokens": 4, "kv_cache_bytes": 8 << 20}

@@ -57,7 +57,11 @@ CASES = [
         change=("tensor: 2\n  p", "tensor: 4\n  tensor: 2\n  p"),
     ),
     Case("text for a number", (HERE + "parallel.tensor: found 'two'; expected a whole number",), ("parallel.tensor=two",)),
-    Case("a temperature vLLM would change", (HERE + "rollout.temperature: found 0.001; expected at least 0.01",), ("rollout.temperature=0.001",)),
+    Case(
+        "a temperature vLLM would change",
+        (HERE + "rollout.temperature: found 0.001; expected at least 0.01",),
+        ("rollout.temperature=0.001",),
+    ),
     Case(
         "a coefficient that cannot adapt",
         (
@@ -81,7 +85,11 @@ CASES = [
         (HERE + "ppo.correction.low: found 2 with ppo.correction.high 1.5; expected less: every weight would be 0",),
         ("ppo.correction={kind: mask, low: 2.0, high: 1.5}",),
     ),
-    Case("no offload of that name", (HERE + "memory.offload: found 'host'; expected one of 'auto', 'none', 'frozen' or 'all'",), ("memory.offload=host",)),
+    Case(
+        "no offload of that name",
+        (HERE + "memory.offload: found 'host'; expected one of 'auto', 'none', 'frozen' or 'all'",),
+        ("memory.offload=host",),
+    ),
     Case("quoted number", (HERE + "seed: found '1'; expected a whole number",), ("seed='1'",)),
     Case("a part of a rank", (HERE + "parallel.tensor: found 1.5; expected a whole number",), ("parallel.tensor=1.5",)),
     Case("truth for a number", (HERE + "seed: found true; expected a whole number",), ("seed=true",)),
@@ -110,7 +118,8 @@ CASES = [
     Case(
         "null for a section",
         (
-            HERE + "parallel: found nothing; expected a section with the keys tensor, pipeline, virtual_pipeline, context, expert, sequence,"
+            HERE
+            + "parallel: found nothing; expected a section with the keys tensor, pipeline, virtual_pipeline, context, expert, sequence,"
             " microbatch_size, max_tokens_per_microbatch, recompute, distributed_optimizer, logits_bytes, head, timeout_s",
         ),
         ("parallel=null",),
@@ -212,7 +221,8 @@ CASES = [
     Case(
         "virtual pipeline without stages",
         (
-            HERE + "parallel.virtual_pipeline: found 2 with parallel.pipeline 1; expected 1, or parallel.pipeline of at least 2: chunks take"
+            HERE
+            + "parallel.virtual_pipeline: found 2 with parallel.pipeline 1; expected 1, or parallel.pipeline of at least 2: chunks take"
             " turns only where there are stages to take turns with",
         ),
         ("parallel.pipeline=1", "parallel.virtual_pipeline=2"),
@@ -230,8 +240,10 @@ CASES = [
     Case(
         "more chunks than layers",
         (
-            HERE + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: actor has 4 layers, too few for 6 chunks",
-            HERE + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: critic has 4 layers, too few for 6 chunks",
+            HERE
+            + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: actor has 4 layers, too few for 6 chunks",
+            HERE
+            + "parallel.virtual_pipeline: found 3 with parallel.pipeline 2; expected at most 2: critic has 4 layers, too few for 6 chunks",
         ),
         ("parallel.virtual_pipeline=3",),
     ),
@@ -281,8 +293,7 @@ CASES = [
     Case(
         "a pack smaller than a sequence",
         (
-            HERE
-            + "parallel.max_tokens_per_microbatch: found 31; expected 0 (no packing) or at least 32: data.max_prompt_tokens 16 +"
+            HERE + "parallel.max_tokens_per_microbatch: found 31; expected 0 (no packing) or at least 32: data.max_prompt_tokens 16 +"
             " rollout.max_response_tokens 16 = 32 tokens",
         ),
         ("parallel.max_tokens_per_microbatch=31",),
