@@ -84,13 +84,14 @@ class RemoteScorer:
         }
         pause, tries, last = BACK_OFF_S[0], 0, ""
         while (left := deadline - time.monotonic()) > 0:
-            url = self.urls[turn() % len(self.urls)]
-            until = time.monotonic() + min(left, self.timeout_s / ATTEMPTS_IN_TIME)
+            url, share = self.urls[turn() % len(self.urls)], self.timeout_s / ATTEMPTS_IN_TIME
+            until = time.monotonic() + min(left, share)
             tries += 1
             try:
                 status, content = _post(client, url, body, until)
             except (httpx.TransportError, TimeoutError) as error:
-                last = f"{url}: {type(error).__name__} {error}".strip()
+                if left >= share or not last:  # an attempt that the end cut short says nothing about the server
+                    last = f"{url}: {type(error).__name__} {error}".strip()
             else:
                 if status == 200:
                     return _scores(url, content, completions)

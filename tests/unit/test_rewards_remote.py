@@ -110,6 +110,19 @@ def test_a_failing_server_is_asked_again_until_the_time_is_over(name):
     assert len(server.bodies) >= 2 and time.monotonic() - start < SHORT_S + 5
 
 
+def test_an_attempt_that_the_end_cuts_short_does_not_hide_what_the_server_said():
+    start = time.monotonic()
+
+    def silent_at_the_end(number, body, connection):
+        if time.monotonic() - start < 0.8 * SHORT_S:
+            connection.sendall(reply(b"oops", "500 Internal Server Error"))
+        else:
+            time.sleep(SHORT_S)
+
+    with reward_server(silent_at_the_end) as server, pytest.raises(RewardError, match="the last: .* status 500"):
+        RemoteScorer([server.url], 16, SHORT_S).score(*scorer_rows(["a", "b"]))
+
+
 def test_headers_without_end_end_with_the_time():
     start = time.monotonic()
     with (
