@@ -100,6 +100,8 @@ def _serve(function: Callable, rank: int, world_size: int, init_method: str, arg
         sender.send(("failed", traceback.format_exc()))
     finally:
         sender.close()
+        for child in multiprocessing.active_children():  # Megatron's checkpoint writer starts a server that would outlive the rank
+            child.terminate()
         # A rank that failed leaves collectives of the others open; waiting for them in destructors would hang.
         os._exit(0)
 
