@@ -58,7 +58,7 @@ class SyncReport:
     local_bytes: int
     received_bytes: int
     sent_bytes: int
-    num_buckets: int
+    num_rounds: int
 
 
 @dataclass(frozen=True)

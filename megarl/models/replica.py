@@ -30,11 +30,6 @@ class Replica:
     packing: Packing | None = None
     sharing: StageSharing | None = None  # how the stages share the head; None: it stays on the last stage
 
-    @property
-    def last_stage_rank(self) -> int:
-        """The rank that stands where this one does, on the last pipeline stage."""
-        return self.layout.ranks_along("pp")[-1]
-
     def weights(self) -> list[Tensor]:
         """The parameters of this rank's chunks."""
         return [parameter.data for chunk in self.chunks for parameter in chunk.parameters()]

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.gpu.processes import run_on_devices
+from tests.resting import Resting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -21,18 +22,6 @@ def test_bytes_leave_the_device_and_come_back(machine, num_ranks, tmp_path):
         assert held["generating"] <= rank["small"]
         assert held["publishing"] <= SLACK * model + rank["small"]
         assert held["learning"] > held["saving"] > held["scoring"] > held["publishing"]
-
-
-class Resting:
-    """No sampler: what is left on the device is the trainer's."""
-
-    policy_version = 0
-
-    def wake(self, part: str) -> None:
-        pass
-
-    def sleep(self) -> None:
-        pass
 
 
 def train(sizes: dict, is_cuda: bool) -> dict:

@@ -9,6 +9,7 @@ from megarl.parallel.memory import FROZEN, Phases
 from megarl.ppo.roles import Actor, Critic, Reference, RewardModel
 from tests.multi_rank.role_cases import NUM_ROWS, Case, DictSource, hf_config, make_experience, make_run, weights
 from tests.ranks import run_all
+from tests.resting import Resting
 
 STEPS = 3
 TRAINING = {"lr": 0.01, "eps": 1e-5, "clip_grad": 0.5}
@@ -19,18 +20,6 @@ CASES = [
     Case({"pipeline": 2}, ppo=CORRECTED, optimizer=TRAINING, model={"tie_word_embeddings": True}),
     Case({"tensor": 2, "sequence": True}, optimizer=TRAINING),
 ]
-
-
-class Resting:
-    """A sampler on other devices: it has nothing to give back."""
-
-    policy_version = 0
-
-    def wake(self, part: str) -> None:
-        pass
-
-    def sleep(self) -> None:
-        pass
 
 
 def train(case: Case, offload: str) -> tuple[dict, dict[str, dict[str, int]], int]:

@@ -79,7 +79,7 @@ def follow(rank: int, world_size: int, folders, parallel, tensor: int, joint: bo
         assert [(c.policy_version, c.later_versions) for c in completions] == [(version, ())] * len(greedy)
         report["greedy"].append(greedy_difference(folder, completions, greedy))
         report["push_ms"].append(round(pushed.seconds * 1e3, 1))
-        report["num_rounds"], report["sent_bytes"] = pushed.num_buckets, pushed.sent_bytes
+        report["num_rounds"], report["sent_bytes"] = pushed.num_rounds, pushed.sent_bytes
     sampled = make_requests(trainer.prompts(), trainer.rollout, stop_token_ids=(3,), seed=(0, 1))
     report["repeats"] = trainer.engine.generate(sampled) == trainer.engine.generate(sampled)
     report["wire"] = type(trainer.sync.wire).__name__
