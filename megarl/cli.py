@@ -141,7 +141,7 @@ def _finish_together(layout: ParallelLayout) -> None:
 
 def _ppo(run: PpoRun, layout: ParallelLayout) -> None:
     from megarl.ppo.loop import train
-    from megarl.ppo.parts import build_parts
+    from megarl.ppo.assembly import build_parts
 
     parts = build_parts(run, layout)
     with closing(parts.log):

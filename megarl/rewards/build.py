@@ -1,4 +1,4 @@
-"""From the configuration to scorers. Reward models are built where models are (`ppo.parts`); everything else here."""
+"""From the configuration to scorers. Reward models are built where models are (`ppo.assembly`); everything else here."""
 
 import re
 

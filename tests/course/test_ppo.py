@@ -54,7 +54,7 @@ def run_ppo(rank: int, world_size: int, run: PpoRun) -> dict:
     from megarl.parallel import groups
     from megarl.ppo.judge import Judge
     from megarl.ppo.loop import train
-    from megarl.ppo.parts import build_parts
+    from megarl.ppo.assembly import build_parts
     from megarl.rewards.scorer import Term, WeightedSum
 
     layout = groups.initialize(run.parallel, run.seed)
@@ -125,7 +125,7 @@ def run_with_reward_model(rank: int, world_size: int, root: Path) -> list[float]
     from megarl.course.reward_model import train_reward
     from megarl.parallel import groups
     from megarl.ppo.loop import train
-    from megarl.ppo.parts import build_parts
+    from megarl.ppo.assembly import build_parts
 
     parallel = {"tensor": 2, "sequence": True, "microbatch_size": 8}
     lesson = RewardRun.model_validate(
@@ -175,7 +175,7 @@ def test_a_reward_model_gives_rewards_and_starts_the_critic(course):
 def build_refused(rank: int, world_size: int, run: PpoRun) -> str:
     from megarl.errors import DataError
     from megarl.parallel import groups
-    from megarl.ppo.parts import build_parts
+    from megarl.ppo.assembly import build_parts
 
     with pytest.raises(DataError) as caught:
         build_parts(run, groups.initialize(run.parallel, run.seed))

@@ -187,7 +187,7 @@ def disturb_the_sampler(rank: int, world_size: int, root: Path) -> dict[str, str
     from megarl.errors import RolloutError
     from megarl.parallel import groups
     from megarl.ppo.loop import train
-    from megarl.ppo.parts import build_parts
+    from megarl.ppo.assembly import build_parts
     from tests.course.test_ppo import ppo_run
 
     run = ppo_run(root, "disturbed", eval=None, checkpoint={})

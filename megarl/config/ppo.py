@@ -1,0 +1,81 @@
+"""The algorithm and the run `megarl ppo`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megarl.config.models import ModelConfig, TrainedModelConfig
+from megarl.config.rewards import RewardPart
+from megarl.config.rollout import MemoryConfig, PromptData, RolloutConfig
+from megarl.config.run import Run
+from megarl.config.section import Fraction, NotNegative, Positive, Section, UserPath
+
+
+class KlConfig(Section):
+    """KL against the reference, taken off the reward or added to the loss (semantics sections 1 and 3)."""
+
+    coef: Annotated[float, Field(ge=0)] = 0.05
+    place: Literal["reward", "loss"] = "reward"  # reward: off every token's reward; loss: of the policy as it learns, with gradient
+    estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
+    target: Annotated[float, Field(gt=0)] | None = None  # with a target the coefficient adapts (Ziegler et al. 2019)
+    horizon: Positive = 10000  # sequences
+
+
+class CorrectionConfig(Section):
+    """The policy loss times w, trainer's over sampler's probability of what was sampled (semantics section 3). `low` is for mask alone."""
+
+    kind: Literal["none", "tis", "mask"] = "none"  # tis: min(w, high); mask: w, but 0 outside low to high
+    level: Literal["token", "sequence"] = "token"  # w of each token, or of the whole response (their product)
+    low: Annotated[float, Field(ge=0)] = 0.5
+    high: Annotated[float, Field(gt=0)] = 2.0
+
+
+class PpoConfig(Section):
+    """The algorithm (docs/algorithms.md; semantics sections 1 to 4 and 6)."""
+
+    total_steps: Positive
+    num_epochs: Positive = 1
+    minibatch_size: Positive  # sequences an optimizer step, over all data-parallel ranks
+    # gae and single_step learn values with a critic; the others hold none, and those with a group need several samples a prompt
+    advantage: Literal["gae", "single_step", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95  # gae alone
+    loss: Literal["clip", "cispo"] = "clip"  # clip: PPO's surrogate; cispo: log-prob times advantage and the clipped ratio, no gradient cut
+    ratio_level: Literal["token", "sequence"] = "token"  # new over old probability of each token, or of a response, geometric mean (GSPO)
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum_fixed"] = "token_mean"
+    whiten: bool | None = None  # advantages over the whole rollout; null: as the estimator's paper does (docs/algorithms.md)
+    critic_warmup_steps: NotNegative = 0
+    reward_clip: Annotated[float, Field(gt=0)] | None = None
+    reward_scale: Literal["none", "std", "normal"] = "none"  # by the run's rewards so far: over their std; less their mean first
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0  # off the reward of a response that the length limit cut
+    bootstrap_truncated: bool = False
+    correction: CorrectionConfig = CorrectionConfig()
+    kl: KlConfig = KlConfig()
+
+
+class EvalConfig(Section):
+    """Greedy accuracy on held-out prompts, at the start, every N steps and at the end."""
+
+    path: UserPath
+    every_steps: NotNegative = 0
+    num_prompts: Positive = 256
+
+
+class PpoRun(Run):
+    """`megarl ppo CONFIG`"""
+
+    actor: TrainedModelConfig
+    critic: TrainedModelConfig | None = None  # with gae and single_step alone
+    reference: ModelConfig | None = None  # default: the actor's start
+    rewards: tuple[RewardPart, ...]
+    reward_hook: str | None = None  # module:function or file.py:function that changes the weighted sums of a step
+    data: PromptData
+    rollout: RolloutConfig
+    ppo: PpoConfig
+    memory: MemoryConfig = MemoryConfig()
+    eval: EvalConfig | None = None
