@@ -140,8 +140,8 @@ def _finish_together(layout: ParallelLayout) -> None:
 
 
 def _ppo(run: PpoRun, layout: ParallelLayout) -> None:
-    from megarl.ppo.loop import train
     from megarl.ppo.assembly import build_parts
+    from megarl.ppo.loop import train
 
     parts = build_parts(run, layout)
     with closing(parts.log):

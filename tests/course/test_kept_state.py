@@ -128,8 +128,8 @@ def lesson_changes(rank: int, world_size: int, root: Path) -> list[str]:
 
 def ppo_changes(rank: int, world_size: int, root: Path) -> list[str]:
     from megarl.parallel import groups
-    from megarl.ppo.loop import train
     from megarl.ppo.assembly import build_parts
+    from megarl.ppo.loop import train
 
     ppo = {"total_steps": 3, "minibatch_size": 16, "kl": {"coef": 0.01, "target": 1.0}}
     run = ppo_run(root, "ppo", ppo=ppo, checkpoint={"every_steps": 1})

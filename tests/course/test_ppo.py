@@ -52,9 +52,9 @@ class Wanted:
 
 def run_ppo(rank: int, world_size: int, run: PpoRun) -> dict:
     from megarl.parallel import groups
+    from megarl.ppo.assembly import build_parts
     from megarl.ppo.judge import Judge
     from megarl.ppo.loop import train
-    from megarl.ppo.assembly import build_parts
     from megarl.rewards.scorer import Term, WeightedSum
 
     layout = groups.initialize(run.parallel, run.seed)
@@ -124,8 +124,8 @@ def run_with_reward_model(rank: int, world_size: int, root: Path) -> list[float]
     """A short reward lesson, then PPO on what it learned: its scores as rewards, its weights as the critic's start."""
     from megarl.course.reward_model import train_reward
     from megarl.parallel import groups
-    from megarl.ppo.loop import train
     from megarl.ppo.assembly import build_parts
+    from megarl.ppo.loop import train
 
     parallel = {"tensor": 2, "sequence": True, "microbatch_size": 8}
     lesson = RewardRun.model_validate(

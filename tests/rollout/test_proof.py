@@ -186,8 +186,8 @@ def disturb_the_sampler(rank: int, world_size: int, root: Path) -> dict[str, str
 
     from megarl.errors import RolloutError
     from megarl.parallel import groups
-    from megarl.ppo.loop import train
     from megarl.ppo.assembly import build_parts
+    from megarl.ppo.loop import train
     from tests.course.test_ppo import ppo_run
 
     run = ppo_run(root, "disturbed", eval=None, checkpoint={})
