@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bridge_shapes import held, wanted
 from megarl.bridge.boxes import TargetBox, intersect, num_elements
 from megarl.bridge.plan import make_outline
+from megarl.bridge.shapes import held, wanted
 from megarl.models.family import spec_from_hf_config
 from megarl.parallel.layout import ParallelLayout
 

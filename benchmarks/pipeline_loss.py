@@ -16,7 +16,7 @@ from megarl.config import PpoRun
 from megarl.metrics import Metrics
 from megarl.models import vocabulary
 from megarl.models.family import spec_from_hf_config
-from megarl.models.head_sharing import layer_weights
+from megarl.models.head_choice import layer_weights
 from megarl.models.random_weights import RandomSource
 from megarl.models.spec import ModelSpec
 from megarl.parallel import groups
@@ -89,6 +89,9 @@ def experience(vocab_size: int, num_rows: int) -> Experience:
         truncated=torch.zeros(num_rows, dtype=torch.bool),
         group_ids=torch.arange(num_rows),
         sample_ids=torch.arange(num_rows),
+        baselines=torch.zeros(num_rows),
+        baseline_truncated=torch.zeros(num_rows, dtype=torch.bool),
+        ages=torch.zeros(shape, dtype=torch.int64),
         old_logprobs=noise(*shape) - 9,
         ref_logprobs=noise(*shape) - 9,
         values=noise(*shape),

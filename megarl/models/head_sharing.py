@@ -10,7 +10,7 @@ Axis letters as in `parallel.token_shards`; V vocabulary columns of this rank.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.config import ParallelConfig
+from megarl.models.head_choice import chosen_head, head_layers
 from megarl.models.spec import ModelSpec, Role, padded_vocab, stage_layers
 from megarl.models.vocabulary import VocabularyShard, vocabulary_stats
 from megarl.parallel import context, device, groups
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.schedule import StageCosts
 from megarl.parallel.token_shards import Share, gathered_by_owner, owners_of_rows, owners_of_tokens
-from megarl.records import TensorRecord, TokenBatch
+from megarl.records import ResponseLists, TensorRecord, TokenBatch
 
 device.prepare()
 
@@ -92,30 +93,11 @@ class StageSharing:
 
 
 def sharing_of(spec: ModelSpec, role: Role, parallel: ParallelConfig, layout: ParallelLayout) -> StageSharing | None:
-    """How the stages share the head of this model; None where it stays on the last stage.
-
-    `auto` shares the vocabulary head of a pipeline. A scalar head stays: its one column costs less than moving hidden states does.
-    """
-    kind = chosen_head(parallel, role)
-    if kind == "last_stage":
+    """How the stages share the head of this model; None where it stays on the last stage."""
+    if chosen_head(parallel, role) == "last_stage":
         return None
     layers = tuple(stage_layers(spec.num_layers, layout.pipeline))
-    columns = spec.vocab_size if role == "actor" else 1
-    return StageSharing(layout, layers, columns * spec.hidden_size / layer_weights(spec), parallel.recompute == "full")
-
-
-def chosen_head(parallel: ParallelConfig, role: Role) -> Literal["last_stage", "sharded"]:
-    """What `parallel.head` means for a model of this role."""
-    if parallel.head != "auto":
-        return parallel.head
-    can = parallel.pipeline > 1 and parallel.virtual_pipeline == 1
-    return "sharded" if can and role == "actor" else "last_stage"
-
-
-def layer_weights(spec: ModelSpec) -> int:
-    """Weights of one layer that a token meets."""
-    embedding = spec.vocab_size * spec.hidden_size
-    return (spec.num_active_parameters("critic") - embedding) // spec.num_layers
+    return StageSharing(layout, layers, head_layers(spec, role), parallel.recompute == "full")
 
 
 def owned_weight(replica: HeadReplica) -> Tensor:
@@ -190,22 +172,56 @@ class ValueShares(_TokenShares):
 
 
 @dataclass(frozen=True)
+class ResponseShares(VocabularyShares):
+    """Dealing for a head that says one number about every response: whole rows, so that responses which are compared stay together."""
+
+    def deal(self, rows: ResponseLists, sequences: TokenBatch, holders: context.Holders, num_shares: int, turn: int) -> list[Share]:
+        """The shares of one microbatch, by rows."""
+        mask = rows.sequence_mask
+        places = sequences.places().roll(1, dims=1)  # the one shift, as for tokens
+        return _dealt_by_rows(rows, places, mask, rows.by_row(mask.sum(1)).sum(1), holders, num_shares, turn)
+
+
+@dataclass(frozen=True)
 class ScoreShares:
-    """Dealing for a head that says one number about every sequence: whole rows, so that pairs stay together."""
+    """Dealing for heads that score sequences: whole rows, so that pairs stay together."""
 
     def deal(self, rows: TensorRecord, sequences: TokenBatch, holders: context.Holders, num_shares: int, turn: int) -> list[Share]:
         """The shares of one microbatch, by rows."""
+        places, mask = self.places_read(sequences)
+        return _dealt_by_rows(rows, places, mask, torch.ones(len(rows), dtype=torch.int64, device=mask.device), holders, num_shares, turn)
+
+    def places_read(self, sequences: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Which place in the hidden states each entry of the result speaks about, i64 of its shape, and where it speaks, bool."""
         ends = sequences.places().gather(1, (sequences.lengths - 1).clamp(min=0)[:, None]).squeeze(1)
-        owner = owners_of_rows(torch.ones(len(rows), dtype=torch.int64, device=ends.device), num_shares, turn)
-        own = torch.where(holders.rank[ends] == holders.own_rank, owner.repeat(rows.sequences_per_row), -1)
-        return [
-            Share(rows.only(owner == number), holders.row[ends[targets]], targets, tuple(ends.shape))
-            for number, targets in enumerate(gathered_by_owner(own, num_shares))
-        ]
+        return ends, torch.ones_like(ends, dtype=torch.bool)
 
     def of_share(self, replica: HeadReplica, hidden: Tensor, share: Share) -> Tensor:
-        """Scores f32[B] of the share's sequences, 0 elsewhere."""
+        """The scores of the share's sequences, 0 elsewhere."""
         return context.summed(_spread(F.linear(hidden.float(), owned_weight(replica).float()).squeeze(-1), share))
+
+
+@dataclass(frozen=True)
+class TokenScoreShares(ScoreShares):
+    """Scores of every token."""
+
+    def places_read(self, sequences: TokenBatch) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(sequences.token_ids.shape[1], device=sequences.lengths.device)
+        return sequences.places(), positions < sequences.lengths[:, None]
+
+
+def _dealt_by_rows(
+    rows: TensorRecord, places: Tensor, mask: Tensor, sizes: Tensor, holders: context.Holders, num_shares: int, turn: int
+) -> list[Share]:
+    """Shares of whole rows, evened out by `sizes` i64[B]. `places`, `mask` [Q, ...]: where to look, and for which entries of the result."""
+    owner = owners_of_rows(sizes, num_shares, turn)
+    of_sequence = owner.repeat(rows.sequences_per_row).view(-1, *[1] * (places.dim() - 1))
+    own = torch.where(mask & (holders.rank[places] == holders.own_rank), of_sequence, -1)
+    positions = holders.row[places].flatten()
+    return [
+        Share(rows.only(owner == number), positions[targets], targets, tuple(places.shape))
+        for number, targets in enumerate(gathered_by_owner(own.flatten(), num_shares))
+    ]
 
 
 def _spread(found: Tensor, share: Share) -> Tensor:

@@ -2,7 +2,7 @@
 
 On a GPU host trainer and sampler share every GPU. The sampler keeps its memory from a weight sync through `generating` (so that an
 evaluation may follow a rollout) and gives it back when another phase begins; the next sync wakes its weights, the next `generating` its KV
-cache. What the trainer does not need in a phase waits in host memory. `RESIDENT` is the table; `docs/bridge.md` shows it with bytes.
+cache. What the trainer does not need in a phase waits in host memory. `phases.RESIDENT` is the table; `docs/bridge.md` shows it with bytes.
 """
 
 import contextlib
@@ -12,22 +12,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from megarl.operations import heartbeat
 from megarl.parallel import device
+from megarl.parallel.phases import FROZEN, REFERENCE, RESIDENT, Offload, Phase
 
-Offload = Literal["none", "frozen", "all"]
-Phase = Literal["publishing", "generating", "scoring", "learning", "saving"]
 Contents = Literal["changing", "constant", "scratch"]
-
-TRAINED = ("actor", "critic")
-FROZEN = "frozen"  # reference and reward models
-RESIDENT: dict[Phase, frozenset[tuple[str, str]]] = {
-    "publishing": frozenset({("actor", "weights")}),
-    "generating": frozenset(),
-    "scoring": frozenset({(owner, "weights") for owner in (*TRAINED, FROZEN)}),
-    "learning": frozenset({(owner, part) for owner in TRAINED for part in ("weights", "gradients", "optimizer")}),
-    "saving": frozenset({(owner, part) for owner in TRAINED for part in ("weights", "optimizer")}),
-}
-"""(owner, part) of what a phase computes with."""
 
 
 class Sleeper(Protocol):
@@ -132,9 +121,10 @@ class Phases:
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:
         """The actor's weights are resident and there is room for the sampler's, which the sync wakes."""
-        self._make_room("publishing")
-        self._bring("publishing")
-        yield
+        with heartbeat.phase("publish"):
+            self._make_room("publishing")
+            self._bring("publishing")
+            yield
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
@@ -142,20 +132,29 @@ class Phases:
         if self._engine.policy_version is None and self._version is not None and self._refill is not None:
             with self.publishing():
                 self._refill(self._version)
-        self._make_room("generating")
-        self._engine.wake("kv_cache")
-        yield
+        with heartbeat.phase("generate"):
+            self._make_room("generating")
+            self._engine.wake("kv_cache")
+            yield
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
         """The weights of all models are resident, the sampler's memory is free for forward passes."""
-        self._enter("scoring")
-        yield
+        with heartbeat.phase("score"):
+            self._enter("scoring")
+            yield
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
         """Weights, gradients and optimizers are resident, the sampler's memory is free for forward and backward passes."""
-        self._enter("learning")
+        with heartbeat.phase("learn"):
+            self._enter("learning")
+            yield
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """The actor's weights, its optimizer's copies and its average are resident, and a reference that may become one of them."""
+        self._enter("exchanging")
         yield
 
     @contextlib.contextmanager
@@ -163,6 +162,8 @@ class Phases:
         """Weights and optimizers are resident. Where they may have left, the sampler gives way and is filled again before it generates."""
         if self.offload == "all":
             self._enter("saving")
+        else:
+            self._bring("saving")
         yield
 
     def _enter(self, phase: Phase) -> None:
@@ -173,7 +174,7 @@ class Phases:
         self._bring(phase)
 
     def _may_leave(self, owner: str) -> bool:
-        return self.offload == "all" or (self.offload == "frozen" and owner == FROZEN)
+        return self.offload == "all" or (self.offload == "frozen" and owner in (FROZEN, REFERENCE))
 
     def _make_room(self, phase: Phase) -> None:
         for owner, part, movable in self._movables:

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.bridge_shapes import held, wanted
+from megarl.bridge.shapes import held, wanted
 from megarl.config import ParallelConfig, RolloutConfig
 from tests.ranks import run_all
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.bridge_layouts import CASES, MODELS, measure
-from benchmarks.bridge_shapes import held, wanted
 from megarl.bridge.plan import Box, TargetBox, intersect, make_plan, num_elements, within
+from megarl.bridge.shapes import held, wanted
 from megarl.bridge.verify import digest
 from megarl.errors import WeightMapError
 from megarl.models.family import spec_from_hf_config

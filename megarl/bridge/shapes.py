@@ -1,12 +1,12 @@
 """What the ranks of large clusters would hold and want, from a family's table and two layouts: the planner's input without a model.
 
-`tests/multi_rank/test_bridge_shapes.py` compares both with what Megatron and vLLM say of real models.
+`tests/rollout/test_bridge_execution.py` compares both with what Megatron and vLLM say of real models.
 """
 
 from collections.abc import Mapping, Sequence
 
 from megarl.bridge.boxes import Box, TargetBox
-from megarl.models.spec import ModelSpec, Rows, WeightTable, padded_vocab, stage_layers
+from megarl.models.spec import ModelSpec, Role, Rows, WeightTable, padded_vocab, stage_layers
 from megarl.parallel.layout import ParallelLayout
 
 Pieces = Sequence[tuple[str, Box]]
@@ -18,9 +18,12 @@ GATE_AND_UP = "mlp.linear_fc1.weight"  # each of the two halves is split by rows
 VOCABULARY_STEP = 64  # vLLM pads vocabularies to multiples of it
 
 
-def held(spec: ModelSpec, layout: ParallelLayout) -> list[Pieces]:
-    """The pieces of an actor on every rank of the layout's world. Ranks that hold the same share one list."""
-    table = spec.table("actor")
+def held(spec: ModelSpec, layout: ParallelLayout, role: Role = "actor", chunks: int = 1) -> list[Pieces]:
+    """The pieces of a model on every rank of the layout's world. Ranks that hold the same share one list.
+
+    `chunks` of layers a stage take turns (`parallel.virtual_pipeline`).
+    """
+    table = spec.table(role)
     known: dict[tuple[int, int, int], Pieces] = {}
     result = []
     for rank in range(layout.world_size):
@@ -29,22 +32,27 @@ def held(spec: ModelSpec, layout: ParallelLayout) -> list[Pieces]:
         if place not in known:
             known[place] = [
                 piece
-                for key, indices in _tensors(spec, table, at)
+                for key, indices in _tensors(spec, table, at, role, chunks)
                 for piece in _pieces(spec, at, key, table.segments(key, indices), table.hf_shapes)
             ]
         result.append(known[place])
     return result
 
 
-def _tensors(spec: ModelSpec, table: WeightTable, at: ParallelLayout) -> list[tuple[str, tuple[int, ...]]]:
+def layers_on(spec: ModelSpec, pipeline: int, stage: int, chunks: int = 1) -> tuple[int, ...]:
+    """The layers of one stage, whose chunks lie `pipeline` chunks apart."""
+    counts = stage_layers(spec.num_layers, pipeline * chunks)
+    own = range(stage, pipeline * chunks, pipeline)
+    return tuple(sum(counts[:chunk]) + layer for chunk in own for layer in range(counts[chunk]))
+
+
+def _tensors(spec: ModelSpec, table: WeightTable, at: ParallelLayout, role: Role, chunks: int) -> list[tuple[str, tuple[int, ...]]]:
     """(Megatron's key, indices) of the tensors on this rank, of which it may hold a part only."""
     keys = table.entries
     found = []
-    if at.is_first_stage or (at.is_last_stage and spec.tied):
+    if at.is_first_stage or (at.is_last_stage and spec.tied and role == "actor"):
         found.append(("embedding.word_embeddings.weight", ()))
-    counts = stage_layers(spec.num_layers, at.pipeline)
-    start = sum(counts[: at.pp_rank])
-    for layer in range(start, start + counts[at.pp_rank]):
+    for layer in layers_on(spec, at.pipeline, at.pp_rank, chunks):
         for key in (key for key in keys if key.startswith("decoder.layers.")):
             if ".experts." in key:
                 share = spec.mixture.num_experts // at.expert
@@ -64,7 +72,7 @@ def _pieces(
     first_columns = None
     shares = [(0, num_rows)]
     if ".experts." not in key:
-        if key.endswith(SPLIT_BY_ROWS):
+        if key.endswith(SPLIT_BY_ROWS) and num_rows > 1:  # a scalar head is whole on every rank
             if key.endswith(PADDED):
                 num_rows = padded_vocab(spec.vocab_size, at.tensor)
             share = num_rows // at.tensor
