@@ -29,6 +29,8 @@ export MPLBACKEND=${MPLBACKEND:-Agg}                   # pictures go to files
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     export MEGARL_HOST_GPUS=${MEGARL_HOST_GPUS:-$(nvidia-smi -L | grep -c '^GPU')}
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron: sequence parallelism overlaps in launch order
+    # NCCL's flight recorder: the last collectives of each rank, written down on a hang (megarl/operations/watching.py says where).
+    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 else
     export MEGARL_HOST_GPUS=${MEGARL_HOST_GPUS:-0}
 fi

@@ -8,6 +8,8 @@
 #   NPROC           ranks a node                     [GPUs of this node, or 1 without a GPU]
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT         several nodes without Slurm: set all four on every node
 #   MEGARL_MODULE   Python module to run             [megarl]
+#   MEGARL_WATCH    on a hang: kill, warn or off     [kill]; a phase hangs when it takes MEGARL_HANG_FACTOR [5] times as long as ever
+#                   before and MEGARL_HANG_FLOOR [120] seconds at least; MEGARL_HANG_FIRST [1800] seconds when it never ended before
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh" || exit $?

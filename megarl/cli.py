@@ -20,6 +20,7 @@ from megarl.check import Inspection, inspect, show
 from megarl.config import PpoRun, RewardRun, SftRun
 from megarl.config_file import RUNS
 from megarl.errors import ConfigError, MegarlError
+from megarl.operations import heartbeat
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.torchrun import is_torchrun, rank_from_environment
 from megarl.run_folder import describe_versions, write_run_folder
@@ -115,9 +116,10 @@ def _course(parsed: argparse.Namespace) -> int:
     if parsed.world is not None:
         raise ConfigError("--world is for --check; a run has as many ranks as were started")
     inspection = inspect(parsed.command, Path(parsed.config), parsed.overrides, world_size, is_start=True)
-    layout = _start(inspection)
-    {"ppo": _ppo, "sft": _sft, "reward": _reward}[parsed.command](inspection.run, layout)
-    _finish_together(layout)
+    with heartbeat.rank_of(inspection.run.output_dir):
+        layout = _start(inspection)
+        {"ppo": _ppo, "sft": _sft, "reward": _reward}[parsed.command](inspection.run, layout)
+        _finish_together(layout)
     return 0
 
 

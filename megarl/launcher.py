@@ -2,7 +2,8 @@
 
 torchrun turns every exit code of a rank into 1 and adds a page of its own to the message the failing rank has printed. Here the exit code
 of the first rank that failed is passed on (2: a user's mistake, already explained in one line by that rank), and a rank that could not
-explain itself, because a signal ended it, is named in one line. Arguments are torchrun's.
+explain itself, because a signal ended it, is named in one line. A monitor beside the ranks (`operations.watchdog`) finds those that hang.
+Arguments are torchrun's.
 """
 
 import logging
@@ -13,7 +14,8 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megarl.errors import MegarlError
+from megarl.errors import ConfigError, MegarlError
+from megarl.operations.watching import watched
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        torchrun.run(torchrun.parse_args(arguments))
+        with watched():
+            torchrun.run(torchrun.parse_args(arguments))
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"megarl: error: {fault}", file=sys.stderr)
+        return error.exit_code
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -28,6 +28,7 @@ from megarl.config import Run
 from megarl.data.tokenizers import Tokenizer
 from megarl.errors import CheckpointError, DamageError, FencedError, MegarlError
 from megarl.metrics import Metrics
+from megarl.operations import heartbeat
 from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
 
@@ -86,14 +87,15 @@ class Checkpoints:
                 return
             self.finish()
         try:
-            job = self._start(self.directory / name, state, checkpointables, metrics)
-            if config.background != "off" and not is_last:
-                job.plan = self._buffers.copy(job.plan)
-                self._pending = Background(job)
-            else:
-                self._together(job.write)
-                self._together(job.conclude)
-                self._succeed(job)
+            with heartbeat.phase("save", state.step):
+                job = self._start(self.directory / name, state, checkpointables, metrics)
+                if config.background != "off" and not is_last:
+                    job.plan = self._buffers.copy(job.plan)
+                    self._pending = Background(job)
+                else:
+                    self._together(job.write)
+                    self._together(job.conclude)
+                    self._succeed(job)
         except MegarlError as error:
             self._fail(error, name, is_last)
         self.stall_s = time.monotonic() - began
@@ -204,8 +206,9 @@ class Checkpoints:
         self._attempt = Attempt(self.directory, number)
         if not names:
             return start or TrainState()
-        name, manifest = self._newest_undamaged(names)
-        self._together(lambda: self._read(self.directory / name, manifest, checkpointables))
+        with heartbeat.phase("load"):
+            name, manifest = self._newest_undamaged(names)
+            self._together(lambda: self._read(self.directory / name, manifest, checkpointables))
         self._parent = name
         return TrainState.from_json(manifest.state)
 

@@ -8,6 +8,7 @@ from megarl.config import LogConfig
 from megarl.metrics.terminal import Terminal
 from megarl.metrics.values import Metrics
 from megarl.metrics.writers import JsonLines, MetricsWriter, TensorBoard, Wandb
+from megarl.operations import heartbeat
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,17 @@ class RunLog:
         return cls(tuple(writers), JsonLines(output_dir / "samples.jsonl"), config.samples)
 
     def start(self, step: int) -> None:
-        """The run begins (0) or continues with `step` finished steps. Called once, before the first `write`."""
+        """The run begins (0) or continues with `step` finished steps. Called once, before the first `write`, by every rank."""
+        heartbeat.step(step, is_first=True)
         for writer in self._all():
             writer.start(step)
 
     def write(self, step: int, metrics: Metrics, *samples: Sequence[dict]) -> None:
-        """Reduced metrics after `step` finished steps, and the first few of each kind of samples. Nothing to say writes nothing."""
+        """Reduced metrics after `step` finished steps, and the first few of each kind of samples. Nothing to say writes nothing.
+
+        Called by every rank.
+        """
+        heartbeat.step(step)
         if not metrics or not self.writers:
             return
         values = metrics.values_by_name()

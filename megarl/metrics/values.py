@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from megarl.operations import heartbeat
+
 Number = float | Tensor
 
 
@@ -195,7 +197,8 @@ class StepMetrics:
     def time(self, name: str) -> Iterator[None]:
         """Adds the seconds of the block to `seconds/<name>`; the reduction keeps those of the slowest rank."""
         start = self._clock()
-        yield
+        with heartbeat.phase(name):
+            yield
         name = f"seconds/{name}"
         before = self._metrics[name].largest if name in self._metrics else 0.0
         self._metrics = Metrics({**self._metrics, name: Largest(before + self._clock() - start)})

@@ -21,6 +21,13 @@ LAYERS = {
     "megarl.yaml_document": 0,
     "megarl.knobs": 0,
     "megarl.launcher": 0,
+    "megarl.operations.events": 0,
+    "megarl.operations.faults": 0,
+    "megarl.operations.heartbeat": 0,
+    "megarl.operations.verdict": 0,
+    "megarl.operations.stacks": 0,
+    "megarl.operations.watching": 0,
+    "megarl.operations.watchdog": 0,
     "megarl.parallel.layout": 0,
     "megarl.parallel.torchrun": 0,
     "megarl.records": 1,
@@ -57,6 +64,7 @@ LAYERS = {
     "megarl.check": 7,
     "megarl.cli": 7,
     "megarl.file_commands": 7,
+    "megarl.operations": 7,
     "megarl.quickstart": 7,
 }
 FORBIDDEN = {

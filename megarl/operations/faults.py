@@ -1,0 +1,124 @@
+"""Faults on purpose, for rehearsals: `MEGARL_FAULT=phase:rank:iteration:action`, refused unless `MEGARL_ALLOW_FAULTS=1` is set as well.
+
+Phases are those of `heartbeat` (setup, load, publish, generate, score, learn, save, evaluate); an iteration is the step being worked on,
+from 1, and 0 before the first. `MEGARL_FAULT_ONCE=FILE` lets the fault strike only where FILE does not exist yet, and makes it: a run
+that starts again is then spared.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megarl.errors import ConfigError
+
+FAULT, ALLOW, ONCE = "MEGARL_FAULT", "MEGARL_ALLOW_FAULTS", "MEGARL_FAULT_ONCE"
+PHASES = ("setup", "load", "publish", "generate", "score", "learn", "save", "evaluate")
+FOREVER_S = 10**6
+SLOW_S = 2.0  # a pause of the action `slow`, in each step from the iteration on
+EXIT_CODE = 7
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens when `rank` enters `phase` of step `iteration`."""
+
+    phase: str
+    rank: int
+    iteration: int
+    action: str
+    once: str = ""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Fault | None":
+        """The fault that was asked for. Raises `ConfigError` where it is not allowed or not understood."""
+        text = environment.get(FAULT, "")
+        if not text:
+            return None
+        if environment.get(ALLOW) != "1":
+            raise ConfigError(f"{FAULT}={text} would break this run on purpose: unset it, or set {ALLOW}=1 to rehearse the fault")
+        parts = text.split(":")
+        numbers = parts[1:3]
+        if len(parts) != 4 or parts[0] not in PHASES or not all(map(str.isdigit, numbers)) or parts[3] not in ACTIONS:
+            raise ConfigError(
+                f"{FAULT} is {text!r}; expected phase:rank:iteration:action with a phase of {', '.join(PHASES)} and an action of"
+                f" {', '.join(ACTIONS)}"
+            )
+        return cls(parts[0], int(numbers[0]), int(numbers[1]), parts[3], environment.get(ONCE, ""))
+
+    def strikes(self, phase: str, rank: int, iteration: int) -> bool:
+        """Whether this is the moment. `slow` lasts from its iteration on."""
+        is_time = iteration >= self.iteration if self.action == "slow" else iteration == self.iteration
+        return (phase, rank) == (self.phase, self.rank) and is_time and not (self.once and os.path.exists(self.once))
+
+    def strike(self) -> None:
+        """Do it; `kill`, `exit` and the endless ones do not return."""
+        if self.once:
+            os.close(os.open(self.once, os.O_CREAT | os.O_WRONLY, 0o600))
+        ACTIONS[self.action]()
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _exit() -> None:
+    os._exit(EXIT_CODE)
+
+
+def _hang() -> None:
+    time.sleep(FOREVER_S)
+
+
+def _hold_interpreter() -> None:
+    """Native code that keeps the interpreter's lock: no other thread of this process runs Python any more."""
+    ctypes.PyDLL(None).sleep(FOREVER_S)
+
+
+def _slow() -> None:
+    time.sleep(SLOW_S)
+
+
+def _skip_collective() -> None:
+    """The next gather of this rank does not happen: it goes on with what it has, and the others wait."""
+    import torch.distributed as dist
+
+    original = dist.all_gather
+
+    def skipped(parts, tensor, *arguments, **options):
+        dist.all_gather = original
+        for part in parts:
+            part.copy_(tensor)
+
+    dist.all_gather = skipped
+
+
+def _poison() -> None:
+    """One activation of this rank's next forward pass becomes nan, and with it the loss and the gradients."""
+    import torch
+
+    def poison(module, inputs, output):
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            handle.remove()
+            return output * float("nan")
+        return None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(poison)
+
+
+ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": _kill,
+    "stop": _stop,
+    "exit": _exit,
+    "hang": _hang,
+    "gil": _hold_interpreter,
+    "slow": _slow,
+    "skip-collective": _skip_collective,
+    "nan": _poison,
+}

@@ -1,0 +1,242 @@
+"""The monitor of one node: `python -m megarl.operations.watchdog`, started by `megarl.launcher` beside torchrun.
+
+It reads the heartbeats of the node's ranks once a second. A phase that takes much longer than it ever did in this run is a hang: the
+stacks of all ranks are written down, the rank that the others wait for is named, and the ranks are killed, so that whoever started the
+launcher starts again from the newest checkpoint. Ranks that compute much longer than the others are named as well, and left alone.
+Monitors of one run tell one another about their ranks through `watch/<host>.json` in the run's folder. Imports nothing heavy.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megarl.operations import heartbeat, stacks
+from megarl.operations.events import NAME, EventLog
+from megarl.operations.verdict import Limits, Suspect, stragglers, suspects
+
+LOOK_S = 1.0
+TELL_S = 5.0  # between two notes to the other monitors
+OTHERS_FIRST_S = 5.0  # a host whose ranks all wait lets the host of the guilty one speak first
+WINDOW_STEPS = 3  # stragglers are looked for every so many steps
+STRAGGLER_RATIO, STRAGGLER_S = 2.5, 0.5
+REPEAT_STEPS = 50  # a straggler is named again after so many
+
+
+@dataclass
+class Watch:
+    """What one node's monitor knows. `is_killing` False: it warns and leaves the ranks alone."""
+
+    folder: Path
+    limits: Limits = Limits()
+    is_killing: bool = True
+    host: str = field(default_factory=socket.gethostname)
+    identities: dict[int, str] = field(default_factory=dict)
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+    run: Path | None = None
+    before: dict[str, float] = field(default_factory=dict)  # longest phases of earlier starts
+    told: float = 0.0
+    hang: bool = False
+    _marks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank: (step, busy seconds) where the window began
+    _named: dict[int, int] = field(default_factory=dict)  # straggler: the step it was named in
+
+    def look(self) -> None:
+        """Read the heartbeats; the first one says where the run's folder is."""
+        for path in self.folder.glob("rank-*.json"):
+            record = heartbeat.read(path)
+            if record is None:
+                continue
+            self.records[record["rank"]] = record
+            self.identities.setdefault(record["rank"], stacks.started(record["pid"]))
+            if self.run is None:
+                self.run = Path(record["run"])
+                self.before = _note(self._note_path()).get("longest", {})
+
+    def running(self) -> list[dict[str, Any]]:
+        """Records of ranks that have not left."""
+        return [record for _, record in sorted(self.records.items()) if record["phase"] != "ended"]
+
+    def overdue(self, now: float) -> list[tuple[dict[str, Any], float]]:
+        """Ranks over their phase's limit, with the limit."""
+        records = list(self.records.values())
+        found = [(record, self.limits.of(record["phase"], records, self.before)) for record in self.running()]
+        return [(record, limit) for record, limit in found if now - record["since"] > limit]
+
+    # ---------------------------------------------------------------- a hang
+    def report(self, now: float, limit: float) -> list[Suspect]:
+        """Say who hangs, write everything down in `hangs/` of the run's folder, and return the suspects."""
+        running = self.running()
+        views = {record["rank"]: stacks.look(record["pid"]) for record in running}
+        found = suspects(running, views, now)
+        attempt = running[0]["attempt"]
+        dumps = {record["rank"]: stacks.dump(record) for record in running}
+        lines = [f"megarl: hang: {suspect.words()} (limit of this phase {limit:.0f} s)" for suspect in found]
+        worst = found[0]
+        lines += [f"megarl: stack of rank {worst.rank} (pid {worst.pid}):", *_indented(dumps[worst.rank])]
+        stated = {
+            "host": self.host,
+            "attempt": attempt,
+            "time": time.time(),
+            "limit_s": limit,
+            "suspects": [suspect.to_json() for suspect in found],
+            "ranks": [record | {"state": views[record["rank"]].state, "wchan": views[record["rank"]].wchan} for record in running],
+            "stacks": {str(rank): text for rank, text in dumps.items()},
+        }
+        path = self.run / "hangs" / f"{_plain(attempt)}-{self.host}-{int(time.time())}.json"
+        if _write(path, stated):
+            lines.append(f"megarl: stacks of all {len(running)} ranks of this host: {path}")
+            stacks.flight_records(self.folder, path.parent)
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        first = {name: value for name, value in worst.to_json().items() if name not in ("sites", "is_certain")}
+        self.events().write("hang", attempt=attempt, limit=round(limit, 1), report=str(path), **first)
+        return found
+
+    def kill(self) -> None:
+        """End this node's ranks; torchrun sees it and ends."""
+        for record in self.running():
+            stacks.kill(record, self.identities.get(record["rank"], ""))
+
+    def events(self) -> EventLog:
+        is_first = 0 in self.records
+        return EventLog(self.run / (NAME if is_first else f"events.{self.host}.jsonl"), host_of_monitor=self.host)
+
+    # ---------------------------------------------------------------- stragglers
+    def tell(self, now: float) -> None:
+        """Leave this node's numbers for the other monitors and for the next start."""
+        if self.run is None or now - self.told < TELL_S:
+            return
+        self.told = now
+        ranks = {str(rank): [record["step"], record["busy"]] for rank, record in self.records.items()}
+        longest = dict(self.before)
+        for record in self.records.values():
+            for name, seconds in record["longest"].items():
+                longest[name] = max(longest.get(name, 0.0), seconds)
+        attempt = next(iter(self.records.values()))["attempt"]
+        _write(self._note_path(), {"attempt": attempt, "ranks": ranks, "longest": longest})
+
+    def straggling(self) -> list[str]:
+        """Warnings, from the node of rank 0 alone, when some steps have passed since the last look."""
+        if 0 not in self.records or self.run is None:
+            return []
+        progress = {rank: (record["step"], record["busy"]) for rank, record in self.records.items()}
+        for path in (self.run / "watch").glob("*.json"):
+            note = _note(path)
+            if path != self._note_path() and note.get("attempt") == self.records[0]["attempt"]:
+                progress |= {int(rank): (step, busy) for rank, (step, busy) in note["ranks"].items()}
+        if any(rank not in self._marks or step < self._marks[rank][0] for rank, (step, _) in progress.items()):
+            self._marks = dict(progress)
+            return []
+        if min(step - self._marks[rank][0] for rank, (step, _) in progress.items()) < WINDOW_STEPS:
+            return []
+        busy = {rank: seconds - self._marks[rank][1] for rank, (_, seconds) in progress.items()}
+        step, self._marks = progress[0][0], dict(progress)
+        warnings = []
+        for rank in stragglers(busy, STRAGGLER_RATIO, STRAGGLER_S):
+            if step - self._named.get(rank, -REPEAT_STEPS) >= REPEAT_STEPS:
+                self._named[rank] = step
+                warnings.append(self._straggler(rank, step, busy))
+        return warnings
+
+    def _straggler(self, rank: int, step: int, busy: Mapping[int, float]) -> str:
+        others = sorted(seconds for other, seconds in busy.items() if other != rank)
+        typical = others[len(others) // 2]
+        host = self.records[rank]["host"] if rank in self.records else "another host"
+        self.events().write("straggler", rank=rank, step=step, busy=round(busy[rank], 3), typical=round(typical, 3))
+        return (
+            f"megarl: warning: straggler: rank {rank} ({host}) computed {busy[rank]:.1f} s in the last steps before step {step}, the others"
+            f" {typical:.1f} s and waited for it"
+        )
+
+    def _note_path(self) -> Path:
+        return self.run / "watch" / f"{self.host}.json"
+
+
+def watch(state: Watch, parent: int) -> Iterator[float]:
+    """Look once a second until the launcher is gone or a hang was dealt with; yields the time of each look."""
+    while os.getppid() == parent and not state.hang:
+        now = time.monotonic()
+        state.look()
+        late = state.overdue(now)
+        if late:
+            _deal_with(state, late, now)
+        state.tell(now)
+        for warning in state.straggling():
+            print(warning, file=sys.stderr, flush=True)
+        yield now
+        time.sleep(LOOK_S)
+
+
+def _deal_with(state: Watch, late: Sequence[tuple[dict[str, Any], float]], now: float) -> None:
+    record, limit = max(late, key=lambda item: now - item[0]["since"] - item[1])
+    views = {one["rank"]: stacks.look(one["pid"]) for one in state.running()}
+    is_certain = any(suspect.is_certain for suspect in suspects(state.running(), views, now))
+    if not is_certain and now - record["since"] < limit + OTHERS_FIRST_S:
+        return
+    state.report(now, limit)
+    if state.is_killing:
+        state.kill()
+    state.hang = True
+
+
+def _note(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> bool:
+    """False where the run's folder cannot be written: the report on stderr must not fail for it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(content, file)
+        os.replace(temporary, path)
+    except OSError:
+        return False
+    return True
+
+
+def _indented(text: str) -> list[str]:
+    return ["    " + line for line in text.splitlines()]
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Watch the ranks whose heartbeats are in a folder until the parent process ends."""
+    parser = argparse.ArgumentParser(prog="megarl.operations.watchdog")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--floor", type=float, default=Limits.floor_s)
+    parser.add_argument("--factor", type=float, default=Limits.factor)
+    parser.add_argument("--first", type=float, default=Limits.first_s)
+    parser.add_argument("--warn-only", action="store_true")
+    parser.add_argument("--parent", type=int, required=True)
+    parsed = parser.parse_args(arguments)
+    state = Watch(parsed.folder, Limits(parsed.floor, parsed.factor, parsed.first), not parsed.warn_only)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # what a whole job gets: it goes with the launcher
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        for _ in watch(state, parsed.parent):
+            pass
+    except OSError:  # the folder is gone: so is the launcher
+        pass
+    if os.getppid() != parsed.parent:
+        shutil.rmtree(parsed.folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
