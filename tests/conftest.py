@@ -1,8 +1,11 @@
 """What the whole suite shares."""
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that a test forks must not wait for threads it does not have
 
 # These sample on the CPU, with several ranks on one host.
 CPU_SAMPLER = ("tests/rollout/", "tests/course/test_ppo.py", "tests/course/test_quickstart.py")

@@ -1,5 +1,6 @@
 """From a checkpoint to a Hugging Face directory that was proven before it got its name: `megarl export CHECKPOINT OUT`."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,25 +8,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
 from megarl.checkpoint import manifest as manifests
-from megarl.checkpoint.export_proof import LOGITS_PARAMETERS, check_names, compare_logits
+from megarl.checkpoint.export_proof import LOGITS_PARAMETERS, Proof, check_names, compare_logits
 from megarl.checkpoint.hf_files import CONFIG_NAMES, copy_tokenizer, hf_config, write_generation_config, write_index
 from megarl.checkpoint.manifest import Manifest
 from megarl.checkpoint.model_card import model_card
 from megarl.checkpoint.publish import GENERATION, STAGING, start_output
 from megarl.checkpoint.sharded import TensorEntry, WrittenFile, cover_faults, sync, write_tensors, write_text
-from megarl.checkpoint.sources import CheckpointSource, SafetensorsSource
+from megarl.checkpoint.sources import AveragedSource, CheckpointSource, SafetensorsSource
 from megarl.checkpoint.streams import MAX_SHARD_BYTES, CastSource, first_difference, plan_shards, row_blocks, wanted_dtype
 from megarl.errors import CheckpointError, SetupError
 from megarl.models.family import ModelSpec, read_spec
 from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
 
-Proof = Literal["auto", "logits", "elements"]
 Result = TypeVar("Result")
 
 
@@ -39,6 +39,7 @@ class ExportPlan:
     spec: ModelSpec
     dtype: torch.dtype  # that config.json names
     shards: dict[str, list[TensorEntry]]
+    is_average: bool = False  # the moving average instead of the weights
 
     @property
     def num_bytes(self) -> int:
@@ -52,6 +53,10 @@ class ExportPlan:
         """The files that one of `size` ranks takes care of."""
         return {name: held for number, (name, held) in enumerate(self.shards.items()) if number % size == rank}
 
+    def source(self) -> "CheckpointSource | AveragedSource":
+        """What is exported, of the stored type or f32."""
+        return (AveragedSource if self.is_average else CheckpointSource)(self.directory, self.model)
+
 
 def export(
     checkpoint: Path,
@@ -61,20 +66,21 @@ def export(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     proof: Proof = "auto",
     layout: ParallelLayout | None = None,
+    is_average: bool = False,
 ) -> Path:
     """Write the model of a checkpoint as `transformers` and vLLM read it, prove it, and return `out`.
 
     Args: `checkpoint` is a checkpoint or a run's output directory (its newest one); `model` a name in it (default: `actor`, else the only
     one); `dtype` `bf16`, `fp32` or `fp16` (default: as stored). A block of rows is in memory at a time. With a `layout`, every rank of the
-    world calls it, and the ranks share the files.
+    world calls it, and the ranks share the files. `is_average`: the moving average of the weights (`ppo.ema`) instead of the weights.
 
     What is proven: every element is read back and compared with the checkpoint, transformers expects exactly these tensors, and (`proof`
     `logits`, or `auto` and a small model) transformers computes the logits that our layers compute from the checkpoint.
     Raises `CheckpointError` (missing, damaged, incomplete, not proven) or `SetupError` (`out` exists, no room), with nothing left behind.
     """
-    plan, out = plan_export(Path(checkpoint), model, dtype, max_shard_bytes), Path(out)
+    plan, out = plan_export(Path(checkpoint), model, dtype, max_shard_bytes, is_average), Path(out)
     rank, size = (0, 1) if layout is None else (layout.rank, layout.world_size)
-    source = CheckpointSource(plan.directory, plan.model)
+    source = plan.source()
     staging = out.with_name(STAGING + out.name)
 
     def start() -> None:
@@ -93,7 +99,7 @@ def export(
     def finish(files: dict[str, WrittenFile], note: str) -> None:
         proofs = [f"every element of {len(plan.entries)} tensors was read back and compared with the checkpoint"]
         proofs += _prove(staging, plan, source, proof, layout)
-        card = model_card(plan.manifest, plan.model, plan.spec, CONFIG_NAMES[plan.dtype], files, proofs, note)
+        card = model_card(plan.manifest, plan.model, plan.spec, CONFIG_NAMES[plan.dtype], files, proofs, note, plan.is_average)
         write_text(staging / "README.md", card)
         sync(staging)
         os.replace(staging, out)  # an empty directory may be replaced
@@ -114,7 +120,7 @@ def export(
     return out
 
 
-def plan_export(checkpoint: Path, model: str | None, dtype: str | None, max_shard_bytes: int) -> ExportPlan:
+def plan_export(checkpoint: Path, model: str | None, dtype: str | None, max_shard_bytes: int, is_average: bool = False) -> ExportPlan:
     """What an export will write. Raises `CheckpointError` or `SetupError` for what cannot be exported."""
     directory = manifests.find_checkpoint(checkpoint)
     if directory is None:
@@ -125,17 +131,17 @@ def plan_export(checkpoint: Path, model: str | None, dtype: str | None, max_shar
     model = _choose(directory, manifest, model)
     for path, file in manifest.files_of("config", model).items():
         manifests.verify(directory, path, file)
-    spec, source = read_spec(directory / model), CheckpointSource(directory, model)
+    spec, source = read_spec(directory / model), (AveragedSource if is_average else CheckpointSource)(directory, model)
     _check_complete(directory, manifest, model, spec)
     shapes = manifest.models[model].shapes
     entries = [TensorEntry(name, wanted_dtype(dtype, source.dtype(name)), tuple(shape)) for name, shape in shapes.items()]
     shards = plan_shards(entries, max_shard_bytes)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    return ExportPlan(directory, manifest, model, spec, _common_dtype(entries), dict(zip(names, shards, strict=True)))
+    return ExportPlan(directory, manifest, model, spec, _common_dtype(entries), dict(zip(names, shards, strict=True)), is_average)
 
 
-def _write_shard(path: Path, held: list[TensorEntry], source: CheckpointSource) -> WrittenFile:
-    return write_tensors(path, held, lambda entry: row_blocks(source, entry), metadata={"format": "pt"})
+def _write_shard(path: Path, held: list[TensorEntry], source: CheckpointSource | AveragedSource) -> WrittenFile:
+    return write_tensors(path, held, lambda entry: row_blocks(source, entry), metadata={"format": "pt"}, new_hash=hashlib.sha256)
 
 
 def _write_rest(staging: Path, plan: ExportPlan) -> str:
@@ -152,7 +158,9 @@ def _write_rest(staging: Path, plan: ExportPlan) -> str:
     return note
 
 
-def _prove(staging: Path, plan: ExportPlan, source: CheckpointSource, proof: Proof, layout: ParallelLayout | None) -> list[str]:
+def _prove(
+    staging: Path, plan: ExportPlan, source: CheckpointSource | AveragedSource, proof: Proof, layout: ParallelLayout | None
+) -> list[str]:
     role = manifests.ROLES[plan.model]
     dtypes = {entry.key: entry.dtype for entry in plan.entries}
     proofs = [check_names(staging, {entry.key: entry.shape for entry in plan.entries})]
@@ -177,7 +185,7 @@ def _gathered(written: dict[str, WrittenFile], layout: ParallelLayout | None) ->
     """The files of all ranks."""
     if layout is None:
         return written
-    own = {name: [file.num_bytes, file.sha256] for name, file in written.items()}
+    own = {name: [file.num_bytes, file.digest] for name, file in written.items()}
     parts = collectives.gather_json(own, groups.group(layout, "world"))
     return {name: WrittenFile(*file) for part in parts for name, file in part.items()}
 

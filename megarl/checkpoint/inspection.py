@@ -217,11 +217,11 @@ def _check_file(directory: Path, path: str, file: StoredFile) -> list[Finding]:
         size = (directory / path).stat().st_size
         if size != file.num_bytes:
             return [Finding(path, f"{file.num_bytes} bytes", f"{size} bytes")]
-        digest = measure(directory / path).sha256
+        digest = measure(directory / path).digest
     except OSError as error:
         return [Finding(path, f"{file.num_bytes} bytes", error.strerror or "cannot be read")]
-    if digest != file.sha256:
-        return [Finding(path, f"SHA-256 {file.sha256}", digest)]
+    if digest != file.blake3:
+        return [Finding(path, f"BLAKE3 {file.blake3}", digest)]
     return _check_tensors(directory, path, file)
 
 

@@ -15,11 +15,12 @@ from megarl.bridge.plan import Box
 from megarl.checkpoint import sharded
 from megarl.errors import CheckpointError, DamageError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.json.sha256"
 LATEST = "latest"
-ROLES: dict[str, Literal["actor", "critic"]] = {"actor": "actor", "critic": "critic", "reward": "critic"}  # weight table of each model
+ROLES: dict[str, Literal["actor", "critic"]] = {"actor": "actor", "critic": "critic", "reward": "critic", "reference": "actor"}
+"""The weight table of each model."""
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -36,7 +37,7 @@ class StoredTensor(Stored):
     name: str
     box: Box
     dtype: str
-    slot: Literal["weight", "exp_avg", "exp_avg_sq", "main"] = "weight"
+    slot: Literal["weight", "exp_avg", "exp_avg_sq", "main", "ema"] = "weight"
 
 
 class StoredFile(Stored):
@@ -44,7 +45,7 @@ class StoredFile(Stored):
 
     kind: Literal["weights", "optimizer", "random", "config", "tokenizer"]
     num_bytes: int
-    sha256: str
+    blake3: str
     model: str = ""
     rank: int = 0
     tensors: tuple[StoredTensor, ...] = ()
@@ -172,8 +173,8 @@ def verify(directory: Path, name: str, file: StoredFile) -> None:
         found = sharded.measure(path)
     except OSError as error:
         raise DamageError(f"{path} cannot be read: {error.strerror}: the checkpoint is incomplete") from error
-    if found.sha256 != file.sha256:
-        raise DamageError(f"{path} has SHA-256 {found.sha256}; its manifest says {file.sha256}: damaged")
+    if found.digest != file.blake3:
+        raise DamageError(f"{path} has BLAKE3 {found.digest}; its manifest says {file.blake3}: damaged")
 
 
 def step_directories(directory: Path) -> list[Path]:

@@ -35,9 +35,18 @@ with torch.no_grad():
 
 
 def model_card(
-    manifest: Manifest, model: str, spec: ModelSpec, dtype: str, files: dict[str, WrittenFile], proofs: list[str], note: str
+    manifest: Manifest,
+    model: str,
+    spec: ModelSpec,
+    dtype: str,
+    files: dict[str, WrittenFile],
+    proofs: list[str],
+    note: str,
+    is_average: bool = False,
 ) -> str:
     """The text of the README. `files` are the weights files, `proofs` sentences about what was checked, `note` one about the tokenizer.
+
+    `is_average`: they hold the moving average of the weights.
 
     Of the run it names models and data by their last path component: where they lay is nobody's business.
     """
@@ -45,6 +54,7 @@ def model_card(
     front = ["---", "library_name: transformers", f"pipeline_tag: {task}", *([f"base_model: {json.dumps(base)}"] if base else [])]
     facts = {
         "Model": f"`{model}` of a `{manifest.course}` run, {spec.family}, {spec.num_parameters(_role(model)):,} parameters, {dtype}",
+        **({"Weights": _averaged(manifest)} if is_average else {}),
         "Base model": f"{base}, whose licence and limits it inherits" if base else "none: weights drawn at random",
         "Data": ", ".join(data_files(manifest)) or "none",
         "Steps": f"{manifest.state['step']} ({manifest.state['prompts_consumed']} prompts or examples)",
@@ -58,9 +68,14 @@ def model_card(
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(fact)} |" for name, fact in facts.items()),
         "## Load\n\n```python\n" + load_snippet(model) + "\n```" + (f"\n\n{note}" if note else ""),
         "## Checked before this directory got its name\n\n" + "\n".join(f"* {proof}" for proof in proofs),
-        "## Files\n\n```\n" + "\n".join(f"{file.sha256}  {name}" for name, file in files.items()) + "\n```",
+        "## Files\n\n```\n" + "\n".join(f"{file.digest}  {name}" for name, file in files.items()) + "\n```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _averaged(manifest: Manifest) -> str:
+    decay = ((manifest.run.get("ppo") or {}).get("ema") or {}).get("decay")
+    return f"exponential moving average over the policy's updates (EMA), decay {decay}, not the policy's own weights"
 
 
 def load_snippet(model: str) -> str:

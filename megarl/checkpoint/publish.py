@@ -48,12 +48,12 @@ def start_output(out: Path, needed: int, what: str, verb: str) -> Path:
 
 def stored(kind: str, written: WrittenFile, **fields) -> StoredFile:
     """The manifest's entry of a file."""
-    return StoredFile(kind=kind, num_bytes=written.num_bytes, sha256=written.sha256, **fields)
+    return StoredFile(kind=kind, num_bytes=written.num_bytes, blake3=written.digest, **fields)
 
 
 def with_digest(file: StoredFile, written: WrittenFile) -> StoredFile:
     """The same entry with size and hash of what was written."""
-    return file.model_copy(update={"num_bytes": written.num_bytes, "sha256": written.sha256})
+    return file.model_copy(update={"num_bytes": written.num_bytes, "blake3": written.digest})
 
 
 def publish(staging: Path, final: Path, manifest: Manifest, check: Callable[[], None] = lambda: None) -> None:

@@ -3,15 +3,16 @@
 Boxes are those of `bridge.plan`: one `(offset, size)` pair an axis, in Hugging Face coordinates of the named tensor.
 """
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from blake3 import blake3
 
 from megarl.bridge.plan import Box, intersect, num_elements
 
@@ -45,12 +46,19 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Hash(Protocol):
+    """`hashlib`'s objects and BLAKE3's."""
+
+    def update(self, data: bytes | memoryview, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class WrittenFile:
-    """Size and SHA-256 of a file as it was written."""
+    """Size and hash of a file as it was written: BLAKE3 in checkpoints, SHA-256 in exports. Both in hex."""
 
     num_bytes: int
-    sha256: str
+    digest: str
 
 
 def whole(shape: Sequence[int]) -> Box:
@@ -94,6 +102,7 @@ def write_tensors(
     entries: Sequence[TensorEntry],
     produce: Callable[[TensorEntry], torch.Tensor | Iterable[torch.Tensor]],
     metadata: dict[str, str] | None = None,
+    new_hash: Callable[[], Hash] = blake3,
 ) -> WrittenFile:
     """Write a safetensors file of `entries`, asking `produce` for one tensor after the other; returns its size and hash.
 
@@ -109,7 +118,7 @@ def write_tensors(
         offset += entry.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    digest = new_hash()
     with open(path, "wb", buffering=0) as file:
         for block in (len(text).to_bytes(8, "little"), text):
             _write_all(file, block)
@@ -147,12 +156,12 @@ def write_bytes(path: Path, data: bytes) -> WrittenFile:
     with open(path, "wb", buffering=0) as file:
         _write_all(file, data)
         _flush(file)
-    return WrittenFile(len(data), hashlib.sha256(data).hexdigest())
+    return WrittenFile(len(data), blake3(data).hexdigest())
 
 
 def measure(path: Path) -> WrittenFile:
-    """Size and SHA-256 of a file as it is on disk now."""
-    digest, num_bytes = hashlib.sha256(), 0
+    """Size and BLAKE3 of a file as it is on disk now."""
+    digest, num_bytes = blake3(), 0
     buffer = memoryview(bytearray(READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -75,5 +75,5 @@ def test_ranks_that_share_an_export_write_the_same_directory(ranks):
 
 def test_damage_ends_the_export_on_every_rank(ranks):
     root, messages = ranks
-    assert all("SHA-256" in message for message in messages) and not (root / "never").exists()
+    assert all("BLAKE3" in message for message in messages) and not (root / "never").exists()
     assert not list(root.glob(".staging*"))

@@ -227,10 +227,10 @@ def test_resume_equals_no_stop(runs, case):
     assert sorted(resumed) == [4, 5, 6]
     assert {step: whole[step] for step in resumed} == resumed, "metrics differ"
     whole, resumed = (manifest(root, f"{case}-{kind}", 6) for kind in ("whole", "resumed"))
-    hashes = {path: file["sha256"] for path, file in whole["files"].items()}
-    assert hashes == {path: file["sha256"] for path, file in resumed["files"].items()}, "weights, optimizer or random states differ"
+    hashes = {path: file["blake3"] for path, file in whole["files"].items()}
+    assert hashes == {path: file["blake3"] for path, file in resumed["files"].items()}, "weights, optimizer or random states differ"
     assert whole["state"] == resumed["state"]
-    assert manifest(root, f"{case}-whole", 3)["files"]["actor/weights-00000-0.safetensors"]["sha256"] not in hashes.values()
+    assert manifest(root, f"{case}-whole", 3)["files"]["actor/weights-00000-0.safetensors"]["blake3"] not in hashes.values()
     assert (whole["parent"], resumed["attempt"]) == ("step-00000003", 1)
     assert whole["metrics"]["loss"] == read_metrics(root, f"{case}-whole")[6]["loss"]
 
@@ -262,12 +262,12 @@ def test_what_cannot_be_resumed_is_refused_on_every_rank(runs):
 def test_a_damaged_checkpoint_is_left_aside_or_refused(runs):
     root, results = runs
     for strict, fallen, lost, _ in (result["fallen"] for result in results):
-        assert strict.startswith("CheckpointError") and "optimizer-00001-0.safetensors has SHA-256" in strict
+        assert strict.startswith("CheckpointError") and "optimizer-00001-0.safetensors has BLAKE3" in strict
         assert "its manifest says" in strict and "checkpoint.strict is true" in strict and "rank 1" in strict
         assert fallen == "trained"
         assert "all 2 checkpoints are damaged" in lost
     said = results[0]["fallen"][-1]
-    assert "optimizer-00001-0.safetensors has SHA-256" in said and "step-00000006 is left aside" in said
+    assert "optimizer-00001-0.safetensors has BLAKE3" in said and "step-00000006 is left aside" in said
     assert "continuing from step-00000003" in said
     names = {path.name for path in (root / "fallen" / "checkpoints").iterdir() if not path.name.startswith(".")}
     assert names == {"latest", "step-00000003", "step-00000006", "damaged-2-step-00000006"}

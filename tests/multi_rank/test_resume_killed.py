@@ -66,7 +66,7 @@ def in_hex(root: Path, output: str) -> list[dict]:
 
 def hashes(root: Path, output: str) -> dict[str, str]:
     manifest = json.loads((root / output / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
-    return {path: file["sha256"] for path, file in manifest["files"].items()} | {
+    return {path: file["blake3"] for path, file in manifest["files"].items()} | {
         "counts": str(manifest["models"]),
         "state": str(manifest["state"]),
     }

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -109,7 +110,7 @@ def make_checkpoint(directory, name="step-00000001"):
         "a.txt": write_text(staging / "a.txt", "what was written"),
         "w.safetensors": write_tensors(staging / "w.safetensors", entries_of(tensors), lambda e: tensors[e.key]),
     }
-    files = {path: StoredFile(kind="config", num_bytes=file.num_bytes, sha256=file.sha256) for path, file in written.items()}
+    files = {path: StoredFile(kind="config", num_bytes=file.num_bytes, blake3=file.digest) for path, file in written.items()}
     manifest = Manifest(
         format=FORMAT,
         course="sft",
@@ -186,8 +187,8 @@ def test_damage_is_seen_before_use(tmp_path, name, damage):
 def test_damage_is_described(tmp_path):
     directory, manifest = make_checkpoint(tmp_path)
     (directory / "a.txt").write_text("what was w\x01itten")
-    found = hashlib.sha256((directory / "a.txt").read_bytes()).hexdigest()
-    with pytest.raises(DamageError, match=f"a.txt has SHA-256 {found}; its manifest says {manifest.files['a.txt'].sha256}"):
+    found = blake3((directory / "a.txt").read_bytes()).hexdigest()
+    with pytest.raises(DamageError, match=f"a.txt has BLAKE3 {found}; its manifest says {manifest.files['a.txt'].blake3}"):
         check(directory)
 
 

@@ -118,7 +118,7 @@ def test_verify_names_file_expected_and_found(capsys, run, damage):
     found = {finding["file"]: finding for finding in told[0]["findings"]}
     if damage in ("flip", "truncate", "remove"):
         (finding,) = found.values()
-        expected = {"flip": recorded.sha256, "truncate": f"{recorded.num_bytes} bytes", "remove": f"{recorded.num_bytes} bytes"}[damage]
+        expected = {"flip": recorded.blake3, "truncate": f"{recorded.num_bytes} bytes", "remove": f"{recorded.num_bytes} bytes"}[damage]
         shown = {"truncate": f"{recorded.num_bytes - 3} bytes", "remove": "No such file or directory"}.get(damage, "")
         assert finding["file"] == "actor/weights-00000.safetensors" and expected in finding["expected"] and shown in finding["found"]
     expected_files = {

@@ -361,7 +361,7 @@ def test_export_refuses_flipped_bits(imported, tmp_path):
     data = bytearray(path.read_bytes())
     data[-7] ^= 4
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="SHA-256"):
+    with pytest.raises(CheckpointError, match="BLAKE3"):
         export(damaged, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".staging-out").exists()
 
