@@ -6,14 +6,17 @@ The rules are the ones that Megatron-Core, vLLM and the loop would otherwise bre
 import math
 from collections.abc import Iterator, Mapping
 
-from megarl.config import LessonData, PpoRun, RewardRun, Run, SftRun
+from megarl.config import DpoRun, LessonRun, PpoRun, Run
 from megarl.config_file import RUNS, Fault
+from megarl.data.check import data_faults
 from megarl.data.pack_size import tile_of, token_budget
 from megarl.errors import LayoutError
 from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
 from megarl.ppo.algorithms import ADVANTAGES
+from megarl.ppo.eval_sets import evaluation_faults
 from megarl.rewards.check import reward_faults
+from megarl.rollout.check import sampling_faults
 
 LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert", "cluster")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -27,14 +30,16 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
     a model whose shape is not known is left out and not judged.
     """
     faults = [*_layout(run, world_size), *_sequence_parallel(run), *_virtual_pipeline(run), *_shared_head(run), *_packing(run)]
-    faults += [*_models(run, specs), *_mixtures(run, specs), *_lengths(run, specs)]
+    faults += [*_models(run, specs), *_frozen(run, specs), *_mixtures(run, specs), *_lengths(run, specs)]
     replica = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
     data = world_size // replica if world_size % replica == 0 else None
     if isinstance(run, PpoRun):
+        faults += sampling_faults(run, specs["actor"].vocab_size if "actor" in specs else None)
         faults += [*_generation(run, world_size, specs), *_placement(run), *reward_faults(run), *_vocabularies(specs), *_kl(run)]
-        faults += [*_correction(run), *_algorithm(run), *_ppo_batch(run, data)]
-    elif isinstance(run, SftRun | RewardRun):
-        faults += [*_lesson(run), *_lesson_batch(run, data)]
+        faults += [*evaluation_faults(run)]
+        faults += [*_correction(run), *_algorithm(run), *_average(run), *_ppo_batch(run, data)]
+    elif isinstance(run, LessonRun):
+        faults += [*_lesson(run), *_vocabularies(specs), *_lesson_batch(run, data)]
     return faults
 
 
@@ -129,6 +134,22 @@ def _models(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
             yield Fault(("parallel.virtual_pipeline", "parallel.pipeline", *_named(key)), text)
 
 
+def _frozen(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+    """Which of the lowest layers may be frozen."""
+    for key in ("actor", "critic", "model"):
+        model, spec = getattr(run, key, None), specs.get(key)
+        if model is None or spec is None or model.frozen_layers == 0:
+            continue
+        knob = f"{key}.frozen_layers"
+        if model.frozen_layers > spec.num_layers:
+            text = f"{knob}: found {model.frozen_layers}; expected at most the {spec.num_layers} layers of {key}"
+            yield Fault((knob, *_named(key)), text)
+        has_vocabulary_head = key == "actor" or (key == "model" and not isinstance(run, RewardRun))
+        if spec.tied and has_vocabulary_head:
+            text = f"{knob}: found {model.frozen_layers}; expected 0: the embedding of {key} is its head, too (tied), which must learn"
+            yield Fault((knob, *_named(key)), text)
+
+
 def _mixtures(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
     """What mixtures of experts ask of a layout, and what only they understand."""
     expert, tensor = run.parallel.expert, run.parallel.tensor
@@ -208,8 +229,8 @@ def _lengths(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
 
 
 def longest_row(run: Run) -> int:
-    """Tokens of the longest row that a microbatch may have to hold: a sequence, or both sequences of a pair."""
-    return longest_sequence(run)[0] * (2 if isinstance(run, RewardRun) else 1)
+    """Tokens of the longest row that a microbatch may have to hold: a sequence, or all sequences of a pair or a list."""
+    return longest_sequence(run)[0] * (run.sequences_per_row if isinstance(run, LessonRun) else 1)
 
 
 def _packing(run: Run) -> Iterator[Fault]:
@@ -220,7 +241,8 @@ def _packing(run: Run) -> Iterator[Fault]:
     if longest_row(run) > token_budget(run.parallel):
         tile = tile_of(run.parallel)
         need = -(-longest_row(run) // tile) * tile
-        pair = ", and a pair is two of them" if isinstance(run, RewardRun) else ""
+        together = run.sequences_per_row if isinstance(run, LessonRun) else 1
+        pair = f", and a {run.unit[:-1]} is {'two' if together == 2 else together} of them" if together > 1 else ""
         text = f"{knob}: found {most}; expected 0 (no packing) or at least {need}: {words}{pair}"
         yield Fault((knob, *keys, "parallel.tensor", "parallel.context"), text)
 
@@ -228,24 +250,29 @@ def _packing(run: Run) -> Iterator[Fault]:
 def longest_sequence(run: Run) -> tuple[int, str, tuple[str, ...]]:
     """Tokens of the longest sequence a run may see, the same in words, and the keys that decide it."""
     if isinstance(run, PpoRun):
-        prompt, response = run.data.max_prompt_tokens, run.rollout.max_response_tokens
-        words = f"data.max_prompt_tokens {prompt} + rollout.max_response_tokens {response} = {prompt + response} tokens"
-        return prompt + response, words, ("rollout.max_response_tokens", "data.max_prompt_tokens")
-    data: LessonData = run.data
-    return data.max_tokens, f"data.max_tokens: found {data.max_tokens}", ("data.max_tokens",)
+        prompts = {"data.max_prompt_tokens": run.data.max_prompt_tokens}
+        for number, held_out in enumerate(run.eval.sets if run.eval is not None else ()):
+            prompts[f"eval.sets.{number}.data.max_prompt_tokens"] = held_out.data.max_prompt_tokens
+        key = max(prompts, key=prompts.__getitem__)
+        prompt, response = prompts[key], run.rollout.max_response_tokens
+        words = f"{key} {prompt} + rollout.max_response_tokens {response} = {prompt + response} tokens"
+        return prompt + response, words, ("rollout.max_response_tokens", key)
+    assert isinstance(run, LessonRun)
+    return run.data.max_tokens, f"data.max_tokens: found {run.data.max_tokens}", ("data.max_tokens",)
 
 
 def _vocabularies(specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
-    if "actor" not in specs:
+    leader = "actor" if "actor" in specs else "model"
+    if leader not in specs:
         return
-    expected = specs["actor"].vocab_size
+    expected = specs[leader].vocab_size
     for key, spec in specs.items():
         if spec.vocab_size != expected:
             text = (
-                f"{key}.path: a vocabulary of {spec.vocab_size}; expected the actor's {expected}: all models of a run read the same token"
+                f"{key}.path: a vocabulary of {spec.vocab_size}; expected the {leader}'s {expected}: all models of a run read the same token"
                 f" ids, so {key} must come from a model with the same tokenizer"
             )
-            yield Fault((*_named(key), *_named("actor")), text)
+            yield Fault((*_named(key), *_named(leader)), text)
 
 
 def _kl(run: PpoRun) -> Iterator[Fault]:
@@ -291,6 +318,23 @@ def _algorithm(run: PpoRun) -> Iterator[Fault]:
         yield Fault(("ppo.dual_clip", "ppo.loss"), text)
 
 
+def _average(run: PpoRun) -> Iterator[Fault]:
+    """Who wants a moving average needs one, and who refreshes a reference needs one to refresh."""
+    refresh, kl = run.ppo.reference_refresh, run.ppo.kl
+    wanted = {
+        "eval.ema": run.eval is not None and run.eval.ema,
+        "ppo.reference_refresh.source": refresh is not None and refresh.source == "ema",
+    }
+    for knob in (knob for knob, is_wanted in wanted.items() if is_wanted and run.ppo.ema is None):
+        found = "true" if knob == "eval.ema" else "ema"
+        yield Fault((knob, "ppo.ema"), f"{knob}: found {found} without ppo.ema; expected ppo.ema (such as {{decay: 0.992}}) beside it")
+    if refresh is not None and run.reference is None and kl.coef == 0 and kl.target is None:
+        text = (
+            f"ppo.reference_refresh: found every_steps {refresh.every_steps} with ppo.kl.coef 0; expected null: nothing asks the reference"
+        )
+        yield Fault(("ppo.reference_refresh", "ppo.kl.coef"), text)
+
+
 def _divides(name: str, size: int, parts: int, words: str, keys: tuple[str, ...]) -> Iterator[Fault]:
     if size % parts:
         lower, upper = size // parts * parts, (size // parts + 1) * parts
@@ -326,12 +370,15 @@ def _replica_batch(run: Run, knob: str, size: int, data: int) -> Iterator[Fault]
         yield Fault(("parallel.microbatch_size", *keys), text)
 
 
-def _lesson(run: SftRun | RewardRun) -> Iterator[Fault]:
+def _lesson(run: LessonRun) -> Iterator[Fault]:
     if run.train.eval_every_steps and run.data.eval_path is None:
         keys = ("train.eval_every_steps", "data.eval_path")
         yield Fault(keys, f"train.eval_every_steps: found {run.train.eval_every_steps} without data.eval_path; expected both or 0")
+    if isinstance(run, DpoRun) and run.dpo.loss == "ipo" and run.dpo.label_smoothing:
+        text = f"dpo.label_smoothing: found {run.dpo.label_smoothing:g} with dpo.loss ipo; expected 0: it is a part of the loss dpo"
+        yield Fault(("dpo.label_smoothing", "dpo.loss"), text)
 
 
-def _lesson_batch(run: SftRun | RewardRun, data: int | None) -> Iterator[Fault]:
+def _lesson_batch(run: LessonRun, data: int | None) -> Iterator[Fault]:
     if data is not None:
         yield from _replica_batch(run, "train.batch_size", run.train.batch_size, data)

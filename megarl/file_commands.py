@@ -36,6 +36,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run's output_dir (its newest checkpoint)")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist or be empty")
     command.add_argument("--role", choices=("actor", "critic", "reward"), help="model of the checkpoint [actor, else the only one]")
+    command.add_argument("--ema", action="store_true", help="the moving average of the weights, of a run with ppo.ema")
     command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights [as stored]")
     command.add_argument("--shard-size", type=size_in_bytes, metavar="SIZE", help="largest safetensors file, such as 500MB or 2GiB [5GB]")
     command.add_argument(
@@ -53,6 +54,12 @@ def add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", type=Path, help="directory to write; it must not exist or be empty")
     command.add_argument("--tokenizer", type=Path, metavar="PATH", help="sentencepiece .model file or Hugging Face directory [DIR]")
     command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights [as they are]")
+    command.add_argument(
+        "--proof",
+        choices=("auto", "logits", "elements"),
+        default="auto",
+        help="compare scores or logits of fixed texts with transformers' [auto: scores of reward models up to 300M parameters]",
+    )
     command.add_argument("--from-megatron", action="store_true", help="DIR is a Megatron-LM checkpoint of the format torch_dist")
     command.add_argument("--hf-config", type=Path, metavar="HF_DIR", help="with --from-megatron: config.json and tokenizer of the model")
 
@@ -88,15 +95,15 @@ def run_export(parsed: argparse.Namespace) -> int:
     from megarl.checkpoint.hf_export import export
     from megarl.checkpoint.streams import MAX_SHARD_BYTES
 
-    size = parsed.shard_size or MAX_SHARD_BYTES
+    what = (parsed.checkpoint, parsed.out, parsed.role, parsed.dtype, parsed.shard_size or MAX_SHARD_BYTES, parsed.proof)
     if rank_from_environment()[1] == 1:
-        print(f"exported {parsed.checkpoint} to {export(parsed.checkpoint, parsed.out, parsed.role, parsed.dtype, size, parsed.proof)}")
+        print(f"exported {parsed.checkpoint} to {export(*what, is_average=parsed.ema)}")
         return 0
     from megarl.config import ParallelConfig
     from megarl.parallel import collectives, groups
 
     layout = groups.initialize(ParallelConfig(), seed=0)
-    out = export(parsed.checkpoint, parsed.out, parsed.role, parsed.dtype, size, parsed.proof, layout)
+    out = export(*what, layout, parsed.ema)
     if layout.rank == 0:
         print(f"exported {parsed.checkpoint} to {out} on {layout.world_size} ranks")
     collectives.agree(None, groups.group(layout, "world"))  # rank 0 may hold the store that the others still talk to
@@ -110,7 +117,7 @@ def run_import(parsed: argparse.Namespace) -> int:
             raise ConfigError("--hf-config is for --from-megatron: a Hugging Face directory has its own config.json")
         from megarl.checkpoint.hf_import import import_hf
 
-        out = import_hf(parsed.source, parsed.out, parsed.tokenizer, parsed.dtype)
+        out = import_hf(parsed.source, parsed.out, parsed.tokenizer, parsed.dtype, parsed.proof)
     else:
         if parsed.hf_config is None:
             raise ConfigError("--from-megatron needs --hf-config HF_DIR: a Megatron-LM checkpoint does not say what the model computes")

@@ -16,7 +16,7 @@ from megarl.checkpoint.manifest import StoredFile, StoredTensor
 from megarl.checkpoint.publish import NOT_WRITTEN, stored
 from megarl.checkpoint.sharded import DTYPE_NAMES
 from megarl.models.family import ModelSpec
-from megarl.models.learner import Learner
+from megarl.models.optimizer_pieces import Slot
 from megarl.models.pieces import Piece
 from megarl.parallel import device
 
@@ -26,12 +26,25 @@ ALIGNMENT = 64
 MAX_FILES = 4  # of one kind, a model and rank: as many are written at once
 
 
-class Checkpointable(Protocol):
-    """What a checkpoint keeps of a trained model: `Actor`, `Critic`, and the student of a lesson."""
+class Kept(Protocol):
+    """What a checkpoint keeps of a model beside its weights: `models.learner.Learner`, and what a reference has instead."""
 
-    spec: ModelSpec
-    pieces: Sequence[Piece]
-    learner: Learner
+    def optimizer_pieces(self, weights: Sequence[Piece]) -> Mapping[Slot, Sequence[Piece]]: ...
+    def counts(self) -> dict[str, int]: ...
+    def load_counts(self, counts: dict[str, int]) -> None: ...
+    def restart_ema(self) -> bool: ...
+    def state_bytes(self, weights: Tensor) -> int: ...
+
+
+class Checkpointable(Protocol):
+    """What a checkpoint keeps of a model that changes: `Actor`, `Critic`, a reference that is refreshed, the student of a lesson."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def pieces(self) -> Sequence[Piece]: ...
+    @property
+    def learner(self) -> Kept: ...
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,10 @@ def plan_files(rank: int, checkpointables: Mapping[str, Checkpointable]) -> list
     return [*plan, PlannedFile(f"random-{rank:05d}.safetensors", random, device.random_states())]
 
 
-def num_bytes_saved(weights: Tensor) -> int:
-    """A weight, Adam's two float32 moments, and a float32 copy of what is narrower: known before the optimizer has any state."""
-    return weights.nbytes + weights.numel() * (8 if weights.itemsize >= 4 else 12)
+def num_bytes_saved(kept: Checkpointable) -> int:
+    """Bytes of a model's tensors that this rank will write: known before the optimizer has any state."""
+    owned = [piece.view for piece in kept.pieces if piece.is_owner]
+    return sum(weights.nbytes + kept.learner.state_bytes(weights) for weights in owned)
 
 
 class HostBuffers:

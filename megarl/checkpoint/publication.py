@@ -37,7 +37,7 @@ class Publication:
         for model, stored in self.manifest.models.items():
             if faults := incomplete(stored.shapes, [file for file in files.values() if file.model == model]):
                 raise AssertionError(f"the pieces of {model} do not make up the model: {'; '.join(faults[:5])}")
-            config = getattr(self.run, model, None) or self.run.model
+            config = next(found for name in (model, "model", "actor") if (found := getattr(self.run, name, None)) is not None)
             written |= write_config(self.staging, model, self.specs[model].hf_config, generation_config(config.path, model))
         written |= write_files(self.staging, "tokenizer", self.texts)
         try:

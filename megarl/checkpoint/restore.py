@@ -45,17 +45,36 @@ def check_same_run(
             raise CheckpointError(f"{directory} holds weights only; a run continues from what it wrote itself: name it as a model path")
 
 
-def load(directory: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable]) -> None:
-    """Read what this rank holds of every model, weights and optimizer state, from verified files.
+def load(directory: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable]) -> list[str]:
+    """Read what this rank holds of every model, weights and optimizer state, from verified files; returns what a user should know.
 
     Beside the model itself a rank needs memory for one block of a tensor.
     """
-    files = CheckpointFiles(directory, manifest, is_verified=True)
+    files, notices = CheckpointFiles(directory, manifest, is_verified=True), []
     for model, kept in checkpointables.items():
         load_pieces(kept.pieces, CheckpointSource(directory, model, files=files))
-        for slot, pieces in kept.learner.optimizer_pieces(kept.pieces).items():
-            load_pieces(pieces, CheckpointSource(directory, model, slot, files))
+        stored = {tensor.slot for file in manifest.files_of("optimizer", model).values() for tensor in file.tensors}
+        wanted = kept.learner.optimizer_pieces(kept.pieces)
+        for slot, pieces in wanted.items():
+            if slot in stored or slot != "ema":
+                source = CheckpointSource(directory, model, slot, files)
+                _check_learned(directory, model, {piece.hf_name for piece in pieces} - set(source.names()))
+                load_pieces(pieces, source)
+        if "ema" not in stored and kept.learner.restart_ema():
+            notices.append(f"{directory.name} holds no moving average of {model}: it starts anew from the weights")
+        if "ema" in stored and "ema" not in wanted:
+            notices.append(f"{directory.name} holds a moving average of {model}, which this run does not keep (ppo.ema): it is dropped")
         kept.learner.load_counts(manifest.models[model].counts)
+    return notices
+
+
+def _check_learned(directory: Path, model: str, missing: set[str]) -> None:
+    """Raise `CheckpointError` for weights that learn now and were frozen when the checkpoint was written."""
+    if missing:
+        raise CheckpointError(
+            f"{directory} holds no optimizer state of {min(missing)} and {len(missing) - 1} other tensors of {model}: they were frozen; set"
+            f" {model}.frozen_layers back, or start a new output_dir from its weights (model path)"
+        )
 
 
 def load_random_states(directory: Path, manifest: Manifest, rank: int) -> None:

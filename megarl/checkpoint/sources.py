@@ -199,6 +199,33 @@ class CheckpointSource:
         return self._pieces[name]
 
 
+class AveragedSource:
+    """The moving average of a model's weights (`ppo.ema`), f32; of a weight that was frozen, which has none, the weight itself.
+
+    Raises `CheckpointError` where the checkpoint holds no average of the model.
+    """
+
+    def __init__(self, directory: Path, model: str):
+        files = CheckpointFiles(directory)
+        self._weights, self._averages = (CheckpointSource(directory, model, slot, files) for slot in ("weight", "ema"))
+        self._averaged = set(self._averages.names())
+        if not self._averaged:
+            raise CheckpointError(f"{directory} holds no moving average of {model}; expected a run with ppo.ema")
+
+    def names(self) -> Iterable[str]:
+        return self._weights.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The weights': what an export is written in by default."""
+        return self._weights.dtype(name)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        return (self._averages if name in self._averaged else self._weights).read(name, box)
+
+
 class WithNewHead:
     """A language model's tensors and a scalar head drawn from `drawn`: how a critic or a reward model starts from one."""
 

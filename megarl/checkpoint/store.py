@@ -5,6 +5,7 @@ and replaces the pointer `latest`. A process killed at any moment leaves the pre
 training: then a step pays for a copy to host memory. `docs/checkpoints.md` describes the files.
 """
 
+import contextlib
 import math
 import shutil
 import sys
@@ -14,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.attempts import Attempt, sweep
 from megarl.checkpoint.files import Checkpointable, HostBuffers, num_bytes_saved, plan_files
@@ -21,15 +24,15 @@ from megarl.checkpoint.manifest import FORMAT, ROLES, STEP_NAME, Manifest, Store
 from megarl.checkpoint.publication import Publication
 from megarl.checkpoint.publish import check_room, special_tokens, tokenizer_files, versions
 from megarl.checkpoint.restore import check_same_run, load, load_random_states, verify_share
-from megarl.checkpoint.retention import best_metric
+from megarl.checkpoint.retention import BestSoFar
 from megarl.checkpoint.saving import Background, SaveJob, disk_errors
 from megarl.checkpoint.train_state import TrainState
 from megarl.config import Run
 from megarl.data.tokenizers import Tokenizer
 from megarl.errors import CheckpointError, DamageError, FencedError, MegarlError
 from megarl.metrics import Metrics
-from megarl.operations import heartbeat
-from megarl.parallel import collectives, groups
+from megarl.operations import drain, heartbeat
+from megarl.parallel import collectives, device, groups
 from megarl.parallel.layout import ParallelLayout
 
 __all__ = ["Checkpointable", "Checkpoints"]
@@ -42,7 +45,8 @@ NO_METRICS = Metrics()
 class Checkpoints:
     """Saves and restores one run. Every method is entered by all ranks; a failure on one is raised on all of them.
 
-    `stall_s` is what the last `save` cost the training, in seconds.
+    `stall_s` is what the last `save` cost the training, in seconds. `is_draining`: the run was asked to stop (`operations.drain`), and what
+    is finished is saved: no further step should begin.
     """
 
     def __init__(self, course: str, run: Run, layout: ParallelLayout, tokenizer: Tokenizer, total_steps: int):
@@ -60,17 +64,23 @@ class Checkpoints:
         self._buffers = HostBuffers()
         self._pending: Background | None = None
         self._failures = 0  # in a row
+        self.is_draining = False
+        self._best, self._is_best = BestSoFar(run.checkpoint.keep_best), False
 
     # ---------------------------------------------------------------- save
-    def due(self, state: TrainState) -> bool:
-        """True every `checkpoint.every_steps` steps, and after the last step. Called by every rank after every step.
+    def due(self, state: TrainState, metrics: Metrics = NO_METRICS) -> bool:
+        """True every `checkpoint.every_steps` steps, after the last step (of the run, or before it stops because it was asked to), and when
+        `metrics`, those of this step and equal on all ranks, hold a new best value of `checkpoint.keep_best`. Called by every rank after
+        every step.
 
         This is where a save in the background reports: its failure is raised here, or warned of (`checkpoint.max_failures`).
         """
         if self._pending is not None and self._has_ended(self._pending):
             self._settle()
         every = self.run.checkpoint.every_steps
-        return state.step == self.total_steps or (every > 0 and state.step % every == 0)
+        self._is_best = self._best.take(metrics.values_by_name())
+        self.is_draining = self._is_asked_to_stop()
+        return self._is_best or self._is_last(state) or (every > 0 and state.step % every == 0)
 
     def save(self, state: TrainState, checkpointables: Mapping[str, Checkpointable], metrics: Metrics = NO_METRICS) -> None:
         """Write a checkpoint of `state`; `metrics` is what its step reported.
@@ -79,10 +89,10 @@ class Checkpoints:
         Raises `CheckpointError` or `SetupError` (no room) on every rank, unless `checkpoint.max_failures` allows to go on.
         """
         began = time.monotonic()
-        is_last, config = state.step == self.total_steps, self.run.checkpoint
+        is_last, config = self._is_last(state), self.run.checkpoint
         name = f"step-{state.step:08d}"
         if self._pending is not None:
-            if config.background == "skip" and not is_last:
+            if config.background == "skip" and not is_last and not self._is_best:
                 self._say(f"{name} is left out: {self._pending.job.staging.name} is still being written")
                 return
             self.finish()
@@ -99,6 +109,16 @@ class Checkpoints:
         except MegarlError as error:
             self._fail(error, name, is_last)
         self.stall_s = time.monotonic() - began
+
+    def _is_last(self, state: TrainState) -> bool:
+        return state.step == self.total_steps or self.is_draining
+
+    def _is_asked_to_stop(self) -> bool:
+        """Every rank gets the same answer, so that all stop after the same step."""
+        if not drain.is_listening():
+            return False
+        asked = torch.tensor(int(bool(drain.reason(self.layout.rank))), device=device.device())
+        return bool(collectives.max_over(asked, self._world))
 
     def finish(self) -> None:
         """Wait for a save in the background, if there is one. Raises as `save` does."""
@@ -171,10 +191,8 @@ class Checkpoints:
             for model, kept in checkpointables.items()
         }
         best = self.run.checkpoint.keep_best
-        if best is not None and best_metric(best)[0] not in metrics:
-            self._say(
-                f"step {state.step} did not report checkpoint.keep_best={best}, so it cannot be the best; reported: {', '.join(metrics)}"
-            )
+        if best is not None and not self._best.has_seen:
+            self._say(f"no step has reported checkpoint.keep_best={best} so far; step {state.step} reported {', '.join(metrics)}")
         return Manifest(
             format=FORMAT,
             course=self.course,
@@ -199,11 +217,14 @@ class Checkpoints:
         another model, precision or stage of the course, and `SetupError` when the disk has no room for the next checkpoint: hours of
         training must not end there.
         """
-        owned = sum(num_bytes_saved(piece.view) for kept in checkpointables.values() for piece in kept.pieces if piece.is_owner)
+        owned = sum(map(num_bytes_saved, checkpointables.values()))
         needed = sum(collectives.gather_json(owned, self._world))
         begun = self._together(lambda: self._begin(needed) if self.layout.rank == 0 else None)
-        number, names = collectives.gather_json(begun, self._world)[0]
+        number, names, reported = collectives.gather_json(begun, self._world)[0]
         self._attempt = Attempt(self.directory, number)
+        for values in reported:
+            self._best.take(values)
+        self.is_draining = self._is_asked_to_stop()
         if not names:
             return start or TrainState()
         with heartbeat.phase("load"):
@@ -212,8 +233,11 @@ class Checkpoints:
         self._parent = name
         return TrainState.from_json(manifest.state)
 
-    def _begin(self, needed: int) -> tuple[int, list[str]]:
-        """Take over the directory: this start's number, and the checkpoints to continue from, newest first. Rank 0 alone."""
+    def _begin(self, needed: int) -> tuple[int, list[str], list[dict[str, float]]]:
+        """Take over the directory: this start's number, the checkpoints to continue from, newest first, and what their steps reported.
+
+        Rank 0 alone.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         steps = sorted((int(match[1]), path.name) for path in self.directory.iterdir() if (match := STEP_NAME.fullmatch(path.name)))
         if steps and not self.run.checkpoint.resume:
@@ -225,7 +249,17 @@ class Checkpoints:
         sweep(self.directory)
         check_room(self.directory, needed, "a checkpoint needs", "lower checkpoint.keep_last, or move output_dir")
         steps = sorted((int(match[1]), path.name) for path in self.directory.iterdir() if (match := STEP_NAME.fullmatch(path.name)))
-        return attempt.number, [name for _, name in reversed(steps)]
+        return attempt.number, [name for _, name in reversed(steps)], self._reported([name for _, name in steps])
+
+    def _reported(self, names: list[str]) -> list[dict[str, float]]:
+        """The metrics of every readable checkpoint, where the run wants to keep the best one."""
+        if self.run.checkpoint.keep_best is None:
+            return []
+        found = []
+        for name in names:
+            with contextlib.suppress(CheckpointError):  # damaged: said where it is tried
+                found.append(dict(manifests.read_manifest(self.directory / name).metrics))
+        return found
 
     def _newest_undamaged(self, names: list[str]) -> tuple[str, Manifest]:
         """The first of `names` whose every byte is as written; those before it are set aside."""
@@ -263,7 +297,8 @@ class Checkpoints:
     def _read(self, directory: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable]) -> None:
         layout = self._stored_layout()
         check_same_run(directory, manifest, self.course, layout, checkpointables)
-        load(directory, manifest, checkpointables)
+        for notice in load(directory, manifest, checkpointables):
+            self._say(notice)
         if manifest.layout == layout:
             load_random_states(directory, manifest, self.layout.rank)
         else:

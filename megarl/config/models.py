@@ -16,7 +16,7 @@ class ParallelConfig(Section):
     context: Positive = 1  # context-parallel ranks a model: every sequence's tokens are spread over them
     expert: Positive = 1  # ranks that share out the experts of a mixture; a divisor of the ranks of a pipeline stage
     sequence: bool = False  # sequence parallelism: activations between tensor-parallel regions are split along tokens
-    microbatch_size: Positive = 8  # sequences (pairs, for a reward model) a forward pass of one data-parallel replica
+    microbatch_size: Positive = 8  # sequences a forward pass of one data-parallel replica, both of a pair counted
     max_tokens_per_microbatch: NotNegative = 0  # sequences packed without padding up to so many tokens; 0: padded, microbatch_size of them
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward
     distributed_optimizer: bool = True  # optimizer state sharded over data-parallel ranks (ZeRO-1)
@@ -51,4 +51,5 @@ class ModelConfig(Section):
 class TrainedModelConfig(ModelConfig):
     """A model that learns."""
 
+    frozen_layers: NotNegative = 0  # so many lowest layers, and the embedding, keep their start's weights; 0: everything learns
     optimizer: OptimizerConfig = OptimizerConfig()

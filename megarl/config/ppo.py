@@ -1,14 +1,15 @@
 """The algorithm and the run `megarl ppo`."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megarl.config.models import ModelConfig, TrainedModelConfig
 from megarl.config.rewards import RewardPart
 from megarl.config.rollout import MemoryConfig, PromptData, RolloutConfig
 from megarl.config.run import Run
-from megarl.config.section import Fraction, NotNegative, Positive, Section, UserPath
+from megarl.config.section import Beta, Fraction, NotNegative, Positive, Section, UserPath
 
 
 class KlConfig(Section):
@@ -30,6 +31,19 @@ class CorrectionConfig(Section):
     high: Annotated[float, Field(gt=0)] = 2.0
 
 
+class EmaConfig(Section):
+    """An exponential moving average of the policy's weights, kept in float32 (semantics section 3)."""
+
+    decay: Beta = 0.992  # after each policy update: average = decay * average + (1 - decay) * weights
+
+
+class ReferenceRefresh(Section):
+    """The reference is no longer frozen: every so many steps it becomes what the policy is."""
+
+    every_steps: Positive
+    source: Literal["policy", "ema"] = "policy"  # the policy's weights, or their moving average: a slow reference
+
+
 class PpoConfig(Section):
     """The algorithm (docs/algorithms.md; semantics sections 1 to 4 and 6)."""
 
@@ -37,7 +51,7 @@ class PpoConfig(Section):
     num_epochs: Positive = 1
     minibatch_size: Positive  # sequences an optimizer step, over all data-parallel ranks
     # gae and single_step learn values with a critic; the others hold none, and those with a group need several samples a prompt
-    advantage: Literal["gae", "single_step", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
+    advantage: Literal["gae", "single_step", "rloo", "grpo", "dr_grpo", "remax", "reinforce_pp", "reinforce_pp_baseline"] = "gae"
     gamma: Fraction = 1.0
     lam: Fraction = 0.95  # gae alone
     loss: Literal["clip", "cispo"] = "clip"  # clip: PPO's surrogate; cispo: log-prob times advantage and the clipped ratio, no gradient cut
@@ -56,14 +70,35 @@ class PpoConfig(Section):
     bootstrap_truncated: bool = False
     correction: CorrectionConfig = CorrectionConfig()
     kl: KlConfig = KlConfig()
+    ema: EmaConfig | None = None
+    reference_refresh: ReferenceRefresh | None = None
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError("a name of letters, digits, dots, hyphens and underscores: it becomes a part of metrics' names")
+    return name
+
+
+class EvalSet(Section):
+    """One held-out set of prompts with metrics of its own (docs/evaluation.md)."""
+
+    name: Annotated[str, AfterValidator(_plain_name)]  # its metrics are eval/<name>/<metric>
+    data: PromptData  # nothing of the run's own data section is taken over
+    metrics: tuple[RewardPart, ...]  # scored as rewards are; weights mean nothing
+    num_prompts: Positive = 256  # the first so many
+    samples: NotNegative = 0  # responses a prompt beside the greedy one, for pass@k
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0  # of those
 
 
 class EvalConfig(Section):
-    """Greedy accuracy on held-out prompts, at the start, every N steps and at the end."""
+    """Held-out prompts, answered at the start, every N steps and at the end. Short form: `path`, for greedy exact accuracy."""
 
-    path: UserPath
+    path: UserPath | None = None  # read as the run's own data: eval/accuracy
     every_steps: NotNegative = 0
-    num_prompts: Positive = 256
+    num_prompts: Positive = 256  # of path
+    sets: tuple[EvalSet, ...] = ()
+    ema: bool = False  # answer once more from the policy's moving average (ppo.ema): ema/eval/...
 
 
 class PpoRun(Run):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from megarl.config import OptimizerConfig, ParallelConfig
 from megarl.metrics import Largest, Metric, Metrics, Total
 from megarl.models import mixture
+from megarl.models.ema import Ema
 from megarl.models.head_sharing import sharing_of
 from megarl.models.learning_rate import lr_at
-from megarl.models.optimizer_pieces import Slot, held_by, optimizer_pieces
+from megarl.models.optimizer_pieces import Slot, held_by, masters_of, optimizer_pieces
 from megarl.models.pieces import Piece
 from megarl.models.replica import Replica, packing_of
 from megarl.parallel import device, groups, pipeline
@@ -32,7 +34,8 @@ class Learner(Replica):
     """A replica with gradients and an optimizer. Built by every rank of the world, from freshly built chunks.
 
     Weights are views into the optimizer's buffers from here on: take pieces from `chunks` of the learner, never from before, and call
-    `refresh_main_params` after writing weights. `total_steps` is the number of optimizer steps that the schedule spans.
+    `refresh_main_params` after writing weights. `total_steps` is the number of optimizer steps that the schedule spans. With an
+    `ema_decay` a moving average of the weights follows each update.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Learner(Replica):
         precision: str,
         layout: ParallelLayout,
         total_steps: int,
+        ema_decay: float | None = None,
     ):
         spec, role = chunks[0].spec, chunks[0].role
         packing, sharing = packing_of(spec, parallel), sharing_of(spec, role, parallel, layout)
@@ -58,6 +62,11 @@ class Learner(Replica):
             "gradients": Movable(self.gradients, "scratch"),
             "optimizer": Movable(self.optimizer_state),
         }
+        self.ema: Ema | None = None
+        if ema_decay is not None:
+            masters = [master for chained in self._optimizer.chained_optimizers for master in masters_of(chained)]
+            self.ema = Ema(masters, ema_decay, partial(_share_weights, self.chunks, parallel.distributed_optimizer))
+            self.movables["ema"] = Movable(self.ema.averages)
 
     def step(self, batch: Any, head: pipeline.Head, loss_function: pipeline.LossFunction) -> Metrics:
         """One optimizer step on `batch`, this data-parallel rank's share of the minibatch; every rank of the world calls.
@@ -90,8 +99,15 @@ class Learner(Replica):
         return total
 
     def refresh_main_params(self) -> None:
-        """Copies the model's weights into the optimizer's float32 copies, after the weights were written from outside."""
+        """Copies the weights into the optimizer's float32 copies, after they were written from outside; their average starts anew."""
         self._optimizer.reload_model_params()
+        self.restart_ema()
+
+    def restart_ema(self) -> bool:
+        """Lets the moving average, where one is kept, begin anew from the weights; True where one is."""
+        if self.ema is not None:
+            self.ema.restart()
+        return self.ema is not None
 
     def gradients(self) -> list[Tensor]:
         """The buffers that gradients are summed up in; every `step` begins by zeroing them."""
@@ -113,7 +129,13 @@ class Learner(Replica):
         """
         self._start_state()
         held = [held for chained in self._optimizer.chained_optimizers for held in held_by(chained)]
+        if self.ema is not None:
+            held = self.ema.with_averages(held)
         return optimizer_pieces(held, weights)
+
+    def state_bytes(self, weights: Tensor) -> int:
+        """Bytes of what belongs to `weights`: Adam's two moments, a float32 copy of what is narrower, and the average."""
+        return weights.numel() * (8 + (0 if weights.itemsize >= 4 else 4) + (0 if self.ema is None else 4))
 
     def counts(self) -> dict[str, int]:
         """What the learner counts, equal on all ranks: steps tried, and updates made (a skipped one does not count)."""
@@ -141,6 +163,8 @@ class Learner(Replica):
                 clip_grad_by_total_norm_fp32(inner.get_parameters(), self.config.clip_grad, grad_norm)
         self._optimizer.step_with_ready_grads()
         self.num_updates += 1
+        if self.ema is not None:
+            self.ema.update()
         return grad_norm
 
     def _step_metrics(self, grad_norm: float, lr: float) -> Metrics:
@@ -174,6 +198,13 @@ def _wrapped(chunks: Sequence[torch.nn.Module], parallel: ParallelConfig) -> lis
         config.finalize_model_grads_func = pipeline.finalize
         wrapped.append(DistributedDataParallel(config, ddp_config, chunk))
     return wrapped
+
+
+def _share_weights(chunks: Sequence[torch.nn.Module], is_distributed: bool) -> None:
+    """Every rank gets the weights that its data-parallel group has written, each rank its range. Called by every rank of the world."""
+    if is_distributed:
+        for chunk in chunks:
+            chunk.start_param_sync()
 
 
 def _megatron_config(config: OptimizerConfig, parallel: ParallelConfig, precision: str) -> megatron_optimizer.OptimizerConfig:

@@ -17,9 +17,33 @@ from torch import Tensor
 from megarl.bridge.boxes import Box, num_elements
 from megarl.models.pieces import Piece
 
-Slot = Literal["exp_avg", "exp_avg_sq", "main"]
-SLOTS: tuple[Slot, ...] = ("exp_avg", "exp_avg_sq", "main")
-"""Adam's first and second moment; float32 copies of weights that the model keeps in another dtype."""
+Slot = Literal["exp_avg", "exp_avg_sq", "main", "ema"]
+SLOTS: tuple[Slot, ...] = ("exp_avg", "exp_avg_sq", "main", "ema")
+"""Adam's first and second moment; float32 copies of weights that the model keeps in another dtype; the weights' moving average."""
+
+
+@dataclass(frozen=True)
+class Master:
+    """What an optimizer updates for elements [start, start + count) of a flat parameter: `values` f32[count], live.
+
+    The parameter's own elements, or a float32 copy of them.
+    """
+
+    param: Tensor
+    start: int
+    values: Tensor
+    inner: Tensor  # as the inner optimizer knows it
+    is_sharded: bool  # over data-parallel ranks
+
+    @property
+    def is_copy(self) -> bool:
+        """True where the model keeps the weight in another dtype."""
+        return _storage(self.values) != _storage(self.param)
+
+    @property
+    def weights(self) -> Tensor:
+        """The elements of the parameter, in its dtype, live."""
+        return self.param.view(-1)[self.start : self.start + self.values.numel()]
 
 
 @dataclass(frozen=True)
@@ -80,16 +104,22 @@ def flat_boxes(box: Box, low: int, high: int) -> list[tuple[Box, int]]:
     return [*head, *body, *_in_row(box, whole_to * row, high)]
 
 
-def held_by(optimizer: Any) -> Iterator[Held]:
-    """What one of Megatron's optimizers (distributed, mixed-precision or float32) holds, by parameter. Adam's state must exist."""
+def masters_of(optimizer: Any) -> Iterator[Master]:
+    """What one of Megatron's optimizers (distributed, mixed-precision or float32) updates, in an order that is the same on every call."""
     is_sharded = hasattr(optimizer, "model_param_gbuf_map")
     for param, inner in _pairs(optimizer):
         start = optimizer._get_model_param_range_map(param)["param"].start if is_sharded else 0
-        state = optimizer.optimizer.state[inner]
+        yield Master(param.detach(), start, inner.detach().view(-1), inner, is_sharded)
+
+
+def held_by(optimizer: Any) -> Iterator[Held]:
+    """What one of Megatron's optimizers holds, by parameter, in the order of `masters_of`. Adam's state must exist."""
+    for master in masters_of(optimizer):
+        state = optimizer.optimizer.state[master.inner]
         tensors: dict[Slot, Tensor] = {"exp_avg": state["exp_avg"].view(-1), "exp_avg_sq": state["exp_avg_sq"].view(-1)}
-        if _storage(inner) != _storage(param):
-            tensors["main"] = inner.detach().view(-1)
-        yield Held(param.detach(), start, inner.numel(), tensors, is_sharded)
+        if master.is_copy:
+            tensors["main"] = master.values
+        yield Held(master.param, master.start, master.values.numel(), tensors, master.is_sharded)
 
 
 def _pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:

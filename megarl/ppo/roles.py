@@ -13,6 +13,7 @@ from torch import Tensor
 from megarl.config import PpoRun, Run, TrainedModelConfig
 from megarl.metrics import Largest, Metric, Metrics
 from megarl.models.build import build_model
+from megarl.models.freezing import freeze_lowest
 from megarl.models.head_sharing import sharing_of
 from megarl.models.learner import Learner
 from megarl.models.pieces import Piece, TensorSource, load_pieces, source_pieces
@@ -29,14 +30,23 @@ from megarl.records import Experience, RolloutBatch, TokenBatch
 
 
 def build_learner(
-    spec: ModelSpec, role: Role, model: TrainedModelConfig, run: Run, layout: ParallelLayout, source: TensorSource, total_steps: int
+    spec: ModelSpec,
+    role: Role,
+    model: TrainedModelConfig,
+    run: Run,
+    layout: ParallelLayout,
+    source: TensorSource,
+    total_steps: int,
+    ema_decay: float | None = None,
 ) -> tuple[Learner, list[Piece]]:
     """A model that learns, with weights from `source`, and its live pieces. Called by every rank.
 
-    `role` is "actor" (vocabulary logits) or "critic" (a scalar head); `total_steps` are the optimizer steps of the whole run.
+    `role` is "actor" (vocabulary logits) or "critic" (a scalar head); `total_steps` are the optimizer steps of the whole run; with an
+    `ema_decay` the learner keeps a moving average of the weights.
     """
     chunks = build_model(spec, role, run.parallel, run.precision, layout)
-    learner = Learner(chunks, model.optimizer, run.parallel, run.precision, layout, total_steps)
+    freeze_lowest(chunks, model.frozen_layers)
+    learner = Learner(chunks, model.optimizer, run.parallel, run.precision, layout, total_steps, ema_decay)
     pieces = source_pieces(learner.chunks, spec.table(role))
     load_pieces(pieces, source)
     learner.refresh_main_params()
@@ -66,7 +76,8 @@ class Actor:
     def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
         total_steps = num_updates(run, run.ppo.critic_warmup_steps)
         self.spec, self.layout, self._ppo = spec, layout, run.ppo
-        self.learner, self.pieces = build_learner(spec, "actor", run.actor, run, layout, source, total_steps)
+        ema_decay = None if run.ppo.ema is None else run.ppo.ema.decay
+        self.learner, self.pieces = build_learner(spec, "actor", run.actor, run, layout, source, total_steps, ema_decay)
         self.movables = self.learner.movables
         self._max_response_tokens = run.rollout.max_response_tokens
         settings = (run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
@@ -149,17 +160,26 @@ class Critic:
 
 
 class Reference:
-    """The frozen policy that the KL penalty is measured against. Of its `movables` there are weights alone."""
+    """The frozen policy that the KL penalty is measured against. Of its `movables` there are weights alone.
+
+    With `ppo.reference_refresh` it is not frozen for good: see `ppo.reference`.
+    """
 
     def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
         self.spec, self.layout = spec, layout
         self.replica, self.pieces = build_frozen(spec, "actor", run, layout, source)
-        self.movables = {"weights": Movable(self.replica.weights, "constant")}
+        self.movables = {"weights": Movable(self.replica.weights, "constant" if run.ppo.reference_refresh is None else "changing")}
         self._head = LogprobHead(run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Log-probabilities of the response tokens, tempered like the sampler: f32[B, T], 0 elsewhere."""
         return self.replica.forward(batch, self._head)
+
+    @torch.no_grad()
+    def take(self, actor: Actor) -> None:
+        """Become what the actor is now. Called by every rank; nothing is sent, as both lie in one layout."""
+        for mine, theirs in zip(self.replica.weights(), actor.learner.weights(), strict=True):
+            mine.copy_(theirs)
 
 
 class RewardModel:
