@@ -8,6 +8,7 @@
 #   NPROC           ranks a node                     [GPUs of this node, or 1 without a GPU]
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT         several nodes without Slurm: set all four on every node
 #   MEGARL_MODULE   Python module to run             [megarl]
+# `launch/attempts.sh` starts this again after failures, and lets the ranks stop when they are asked to.
 #   MEGARL_WATCH    on a hang: kill, warn or off     [kill]; a phase hangs when it takes MEGARL_HANG_FACTOR [5] times as long as ever
 #                   before and MEGARL_HANG_FLOOR [120] seconds at least; MEGARL_HANG_FIRST [1800] seconds when it never ended before
 set -euo pipefail
@@ -41,7 +42,7 @@ else
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
         port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-        id=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-${SLURM_STEP_ID:-0}
+        id=${MEGARL_ATTEMPT:-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-${SLURM_STEP_ID:-0}}
     else
         head=${MASTER_ADDR:-} port=${MASTER_PORT:-} id=${MEGARL_RUN_ID:-megarl}
         if [[ -z $head || -z $port || -z ${NODE_RANK:-} ]]; then

@@ -1,6 +1,8 @@
 """Mistakes a user can make. Every message says what was found, what was expected and which key or file to change.
 
-The command line prints these as one line and exits with `exit_code`; anything else is a programmer's mistake and keeps its traceback.
+The command line prints these as one line and exits with `exit_code`: 78 for a run that cannot work as it is configured, 65 for data that
+cannot be read, 2 otherwise. Starting again does not help against the first two. Anything else is a programmer's mistake and keeps its
+traceback.
 """
 
 
@@ -13,6 +15,8 @@ class MegarlError(Exception):
 class ConfigError(MegarlError):
     """A configuration file or override is wrong. `faults` holds one sentence for each fault found, all reported together."""
 
+    exit_code = 78  # EX_CONFIG of sysexits.h
+
     def __init__(self, faults: "str | list[str]"):
         self.faults = [faults] if isinstance(faults, str) else list(faults)
         super().__init__("\n".join(self.faults))
@@ -21,13 +25,19 @@ class ConfigError(MegarlError):
 class LayoutError(MegarlError):
     """The parallel layout does not fit the world size or the model."""
 
+    exit_code = 78
+
 
 class DataError(MegarlError):
     """A dataset or tokenizer file is missing or malformed: file, line, reason."""
 
+    exit_code = 65  # EX_DATAERR
+
 
 class WeightMapError(MegarlError):
     """A Hugging Face directory, a family table and a model disagree about a tensor."""
+
+    exit_code = 78
 
 
 class CheckpointError(MegarlError):

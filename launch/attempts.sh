@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# Runs one stage of the course until it is done: starts the ranks, starts them again after a failure, stops them in time.
+#
+#   bash launch/attempts.sh ppo|sft|reward|... CONFIG [a.b=c ...]
+#
+# Inside a Slurm job (slurm/*.sh) the ranks run on all its nodes, elsewhere on this one. Every attempt continues from the newest complete
+# checkpoint, with a rendezvous of its own. SIGUSR1, SIGTERM, Ctrl-C, a job's time limit, or somebody's `touch OUTPUT_DIR/drain` stop the
+# ranks at the end of their step, with a checkpoint; a Slurm job then goes back into the queue. How it ended is in OUTPUT_DIR/outcome.json
+# and, without the details, in the exit code: 0 done, 75 stopped and can go on, 78 the configuration or 65 the data is wrong, 93 several
+# attempts in a row have published no checkpoint (jobs that wait for this one are then cancelled).
+#
+# Settings (environment):
+#   NPROC                 ranks a node                                                     [GPUs of a node, or 1]
+#   MEGARL_MAX_FRUITLESS  attempts in a row without a new checkpoint that stop it for good [3]
+#   MEGARL_LEAD_S         seconds before the time limit at which the ranks are stopped: a step, a checkpoint and a minute  [900]
+#   MEGARL_CONTAINER      image the ranks run in: FILE.sif starts Apptainer, anything else is srun's --container-image (Pyxis)
+#   MEGARL_SRUN           further options of srun
+set -euo pipefail
+
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh" || exit $?
+
+JOB=${SLURM_JOB_ID:-}
+LIMIT=${MEGARL_MAX_FRUITLESS:-3}
+LEAD_S=${MEGARL_LEAD_S:-900}
+NODES_WAIT_S=${MEGARL_NODES_WAIT_S:-900} # for nodes that do not answer: Slurm gives the job up before
+START=${JOB:-$(date +%s)-$$}-${SLURM_RESTART_COUNT:-0}
+
+say() { echo "megarl: $*" >&2; }
+ask() { "$MEGARL_PYTHON" -m megarl.operations.attempts "$@"; }
+
+if [[ $# -lt 2 ]]; then
+    say "nothing to run; usage: bash launch/attempts.sh ppo|sft|reward CONFIG [a.b=c ...]"
+    exit 2
+fi
+RUN=$(ask locate "$@") || exit $?
+export MEGARL_RUN=$RUN MEGARL_DRAIN=$RUN/drain
+
+# ---------------------------------------------------------------- where the ranks run
+container=() in_container=()
+case ${MEGARL_CONTAINER:-} in
+"") ;;
+*.sif) in_container=(apptainer exec --nv --bind "$PWD" "$MEGARL_CONTAINER") ;;
+*) container=(--container-image="$MEGARL_CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD") ;;
+esac
+on_nodes() { # SRUN OPTIONS... -- COMMAND...
+    local options=()
+    while [[ $1 != -- ]]; do options+=("$1") && shift; done
+    shift
+    if [[ -z $JOB ]]; then
+        exec "$@"
+    fi
+    # shellcheck disable=SC2086 # words on purpose
+    exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 ${MEGARL_SRUN:-} "${options[@]}" "$@"
+}
+
+# ---------------------------------------------------------------- stopping in time
+reason=
+drain() { # WHY: the ranks look for the file after every step
+    reason=${reason:-$1}
+    echo "$1" >"$MEGARL_DRAIN.new" && mv "$MEGARL_DRAIN.new" "$MEGARL_DRAIN"
+    say "$1: the ranks stop after this step"
+}
+interrupt() { # a second Ctrl-C does not wait for the step
+    [[ -z $reason || -z $ranks ]] || kill -KILL "$ranks" 2>/dev/null || true
+    drain "interrupted"
+}
+trap 'drain "SIGUSR1"' USR1
+trap 'drain "SIGTERM"' TERM
+trap interrupt INT
+
+seconds_left() { # until the job's time limit; nothing without one
+    local end
+    end=$(squeue -h -j "$JOB" -o %e 2>/dev/null) && end=$(date -d "$end" +%s 2>/dev/null) || return 0
+    echo $((end - $(date +%s)))
+}
+watch_the_clock() { # the limit may be moved while the job runs: look again before the end
+    local left
+    while left=$(seconds_left) && [[ -n $left ]]; do
+        if ((left <= LEAD_S)); then
+            kill -USR1 $$
+            return
+        fi
+        sleep $((left - LEAD_S > 60 ? 60 : left - LEAD_S))
+    done
+}
+clock=
+if [[ -n $JOB ]]; then
+    left=$(seconds_left)
+    if [[ -n $left ]] && ((left < 2 * LEAD_S)); then
+        LEAD_S=$((left / 2))
+        say "the job ends in $left s: the ranks stop $LEAD_S s before"
+    fi
+    watch_the_clock </dev/null >/dev/null 2>&1 &
+    clock=$!
+fi
+trap '[[ -z $clock ]] || kill "$clock" 2>/dev/null || true' EXIT
+
+# ---------------------------------------------------------------- one attempt
+ranks=
+attempt() { # NUMBER KIND CONFIG ...: the exit code of the ranks
+    local port=$((20000 + (${JOB:-0} * 31 + ${SLURM_RESTART_COUNT:-0} * 7 + $1) % 20000))
+    shift
+    (
+        trap '' USR1 TERM INT # the ranks hear of it through the file; a second Ctrl-C ends them
+        [[ -z $JOB ]] || export MASTER_PORT=$port
+        on_nodes --kill-on-bad-exit=1 --wait=60 ${container[@]+"${container[@]}"} -- \
+            ${in_container[@]+"${in_container[@]}"} bash launch/torchrun.sh "$@"
+    ) &
+    ranks=$!
+    local code=0
+    while kill -0 "$ranks" 2>/dev/null; do # a signal ends `wait`, not the ranks
+        code=0
+        wait "$ranks" || code=$?
+    done
+    ranks=
+    return "$code"
+}
+
+nodes_answer() { # after a failure: a node that is gone is Slurm's to notice, and no attempt's fault
+    local end=$((SECONDS + NODES_WAIT_S))
+    [[ -n $JOB ]] || return 0
+    while [[ -z $reason ]] && ! (on_nodes --overlap --immediate=30 -- timeout 60 true) 2>/dev/null; do
+        ((SECONDS < end)) || return 1
+        say "a node of this job does not answer; waiting for Slurm to give it up"
+        sleep 5
+    done
+}
+
+# ---------------------------------------------------------------- after the last one
+cancel_successors() { # jobs that wait for this one or, in an array, come after it; and those that wait for them
+    local waiting=("$JOB") next
+    [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID" || true
+    while [[ ${#waiting[@]} -gt 0 ]]; do
+        mapfile -t next < <(squeue -h -t PENDING -o '%A %E' | awk -v ids=" ${waiting[*]} " '
+            { n = split($2, parts, /[^0-9]+/); for (i = 1; i <= n; i++) if (parts[i] != "" && index(ids, " " parts[i] " ")) { print $1; next } }')
+        [[ ${#next[@]} == 0 ]] || { scancel "${next[@]}" && say "cancelled the jobs that waited for this one: ${next[*]}"; }
+        waiting=(${next[@]+"${next[@]}"})
+    done
+}
+requeue() { # a job that Slurm is ending for another reason is left to it
+    local state
+    state=$(scontrol show job -o "$JOB" | grep -o ' JobState=[A-Z_]*' | cut -d= -f2)
+    case $state in
+    RUNNING | TIMEOUT | PREEMPTED)
+        trap '' TERM USR1
+        if scontrol requeue "$JOB"; then
+            say "job $JOB goes back into the queue and continues there"
+        else
+            say "job $JOB cannot be requeued: submit it again to continue"
+        fi
+        ;;
+    *) say "job $JOB is $state: not requeued by itself; submit it again to continue" ;;
+    esac
+}
+
+number=0
+while :; do
+    number=$((number + 1))
+    export MEGARL_ATTEMPT=$START-$number
+    ask begin "$RUN" "$MEGARL_ATTEMPT"
+    [[ -z $reason ]] || drain "$reason" # asked while the last attempt was failing
+    code=0
+    attempt "$number" "$@" || code=$?
+    ended=$(ask end "$RUN" "$MEGARL_ATTEMPT" "$code" "$LIMIT")
+    case $ended in
+    done) exit 0 ;;
+    drained)
+        [[ -z $JOB ]] || requeue
+        exit 75
+        ;;
+    config-error) exit 78 ;;
+    data-error) exit 65 ;;
+    no-progress)
+        say "$LIMIT attempts in a row without a new checkpoint: stopped for good; $RUN/outcome.json says why the last one failed"
+        [[ -z $JOB ]] || cancel_successors
+        exit 93
+        ;;
+    fenced)
+        say "a newer attempt is in charge of $RUN: this one stops"
+        exit 75
+        ;;
+    esac
+    say "attempt $MEGARL_ATTEMPT failed (exit code $code); $RUN/outcome.json says why"
+    if [[ -n $reason ]]; then
+        [[ -z $JOB ]] || requeue
+        exit 75
+    fi
+    nodes_answer || { say "nodes of this job have not answered for $NODES_WAIT_S s" && exit 75; }
+done

@@ -1,0 +1,114 @@
+"""What `launch/attempts.sh` asks between attempts: where the run's folder is, whether to try, how it ended, whether to try again.
+
+An attempt makes progress when a newer checkpoint has appeared since it began. Attempts and their ends are lines of `events.jsonl`, so they
+are counted across jobs, requeues and batch shells that died.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megarl.config_file import RUNS, draft_run
+from megarl.errors import ConfigError, MegarlError
+from megarl.operations import outcome
+from megarl.operations.events import NAME, EventLog, read_events
+from megarl.operations.outcome import EXIT_CODES, Outcome
+
+DRAIN = "drain"
+STEP = re.compile(r"step-(\d{8,})")
+FENCED = "fenced"
+
+
+def locate(kind: str, config: Path, overrides: Sequence[str]) -> Path:
+    """The folder of a run, made when missing. Raises `ConfigError` with everything wrong in the file."""
+    draft = draft_run(kind, config, overrides)
+    if draft.faults:
+        raise ConfigError([draft.located(fault) for fault in draft.faults])
+    run = Path(draft.run.output_dir).resolve()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {run} cannot be made: {error.strerror}; expected a directory of yours") from None
+    return run
+
+
+def begin(run: Path, epoch: str) -> None:
+    """The attempt `epoch` takes charge of the folder."""
+    outcome.make_current(run, epoch)
+    (run / DRAIN).unlink(missing_ok=True)
+    EventLog(run / NAME, attempt=epoch).write("attempt", checkpoint=newest_checkpoint(run))
+
+
+def end(run: Path, epoch: str, exit_code: int, limit: int) -> str:
+    """How the attempt ended, as one word: an outcome, or `fenced` when a newer attempt is in charge.
+
+    `retry` becomes `no-progress` when so many attempts (`limit`) in a row have published no checkpoint.
+    """
+    if not outcome.is_current(run, epoch):
+        return FENCED
+    found = outcome.read(run)
+    if found is None or found.epoch != epoch:
+        found = Outcome("retry", epoch, newest_checkpoint(run), f"the ranks ended with exit code {exit_code} and left no word")
+    log = EventLog(run / NAME, attempt=epoch)
+    if found.outcome == "retry" and (fruitless := num_fruitless(read_events(run), newest_checkpoint(run))) >= limit:
+        reason = f"{fruitless} attempts in a row without a new checkpoint; the last one: {found.reason}"
+        found = Outcome("no-progress", epoch, found.iteration, reason, found.rank, found.phase)
+    found.write(run)
+    log.write("outcome", outcome=found.outcome, reason=found.reason, exit_code=exit_code)
+    return found.outcome
+
+
+def num_fruitless(events: Sequence[dict[str, Any]], newest: int) -> int:
+    """How many attempts since the run last stopped for good have begun at the checkpoint `newest` and were not asked to stop."""
+    begun: dict[str, int] = {}
+    for event in events:
+        if event["event"] == "attempt":
+            begun[event["attempt"]] = event["checkpoint"]
+        elif event["event"] == "outcome" and event["outcome"] == "no-progress":
+            begun = {}
+        elif event["event"] == "outcome" and event["outcome"] == "drained":
+            begun.pop(event["attempt"], None)
+    return sum(checkpoint == newest for checkpoint in begun.values())
+
+
+def newest_checkpoint(run: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    found = [STEP.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*")]
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One question of the shell; the answer is on stdout."""
+    parser = argparse.ArgumentParser(prog="megarl.operations.attempts")
+    commands = parser.add_subparsers(dest="command", required=True)
+    where = commands.add_parser("locate")
+    where.add_argument("kind", choices=RUNS)
+    where.add_argument("config", type=Path)
+    where.add_argument("overrides", nargs="*")
+    for name in ("begin", "end"):
+        command = commands.add_parser(name)
+        command.add_argument("run", type=Path)
+        command.add_argument("epoch")
+        if name == "end":
+            command.add_argument("exit_code", type=int)
+            command.add_argument("limit", type=int)
+    parsed = parser.parse_args(arguments)
+    try:
+        if parsed.command == "locate":
+            print(locate(parsed.kind, parsed.config, parsed.overrides))
+        elif parsed.command == "begin":
+            begin(parsed.run, parsed.epoch)
+        else:
+            print(end(parsed.run, parsed.epoch, parsed.exit_code, parsed.limit))
+    except MegarlError as error:
+        for line in str(error).splitlines():
+            print(f"megarl: error: {line}", file=sys.stderr)
+        return EXIT_CODES[outcome.kind_of(error)]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
