@@ -21,6 +21,7 @@ from megarl.config import PpoRun, RewardRun, SftRun
 from megarl.config_file import RUNS
 from megarl.errors import ConfigError, MegarlError
 from megarl.operations import heartbeat
+from megarl.operations.commands import COMMANDS as OPERATIONS
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.torchrun import is_torchrun, rank_from_environment
 from megarl.run_folder import describe_versions, write_run_folder
@@ -32,7 +33,7 @@ _SUMMARY = {
     "ppo": "PPO with a critic: sample with vLLM, score, learn, publish the weights, repeat",
     "sft": "supervised fine-tuning on demonstrations",
     "reward": "train a reward model on preference pairs",
-    **{name: summary for name, (summary, _, _) in file_commands.COMMANDS.items()},
+    **{name: summary for name, (summary, _, _) in {**file_commands.COMMANDS, **OPERATIONS}.items()},
     "version": "versions of megarl and of what it runs on",
 }
 
@@ -175,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for kind in RUNS:
         _add_course(_add(commands, kind, _course))
-    for name, (_, add_arguments, action) in file_commands.COMMANDS.items():
+    for name, (_, add_arguments, action) in {**file_commands.COMMANDS, **OPERATIONS}.items():
         add_arguments(_add(commands, name, action))
     _add(commands, "version", _version)
     return parser

@@ -163,7 +163,7 @@ def collective_of(frame: FrameType | None) -> str:
             name = name or "a collective"
         elif name:
             break
-        elif ".wait(" in linecache.getline(file, frame.f_lineno) and not file.endswith(_PLAIN_WAITS):
+        elif ".wait(" in linecache.getline(file, frame.f_lineno or 0) and not file.endswith(_PLAIN_WAITS):
             return "wait"
         frame = frame.f_back
     return name
@@ -175,7 +175,7 @@ def sites_of(frame: FrameType | None) -> list[str]:
     while frame is not None:
         head, own, tail = frame.f_code.co_filename.rpartition(_OWN)
         if own:
-            found.append(f"{tail}:{frame.f_lineno} {frame.f_code.co_name}")
+            found.append(f"{tail}:{frame.f_lineno or 0} {frame.f_code.co_name}")
         frame = frame.f_back
     return found[::-1][-_SITES:]
 

@@ -1,0 +1,87 @@
+"""Where a run's time went: seconds add up, steps done twice are lost, files that end in the middle of a line are read."""
+
+import json
+
+import pytest
+
+from megarl.cli import run
+from megarl.operations.events import EventLog, read_events
+from megarl.operations.goodput import goodput
+
+
+def at(time, event, **fields):
+    return {"time": float(time), "event": event, "attempt": "a", **fields}
+
+
+def lesson():
+    """Ten seconds a step; a save of two after step 2; dead in step 4; the second start does step 3 again and ends well after 5."""
+    first = [at(0, "start"), at(20, "continue", step=0), at(30, "step", step=1), at(40, "step", step=2)]
+    first += [at(42, "phase", name="save", step=2, seconds=2.0), at(52, "step", step=3), at(57, "phase", name="learn", step=4, seconds=4.0)]
+    second = [at(67, "start"), at(77, "phase", name="setup load", step=0, seconds=3.0), at(82, "continue", step=2)]
+    second += [
+        at(92, "step", step=3),
+        at(102, "step", step=4),
+        at(105, "phase", name="evaluate", step=5, seconds=3.0),
+        at(115, "step", step=5),
+    ]
+    second += [at(116, "phase", name="save", step=5, seconds=1.0), at(117, "end", step=5, outcome="done")]
+    return first + second
+
+
+def test_seconds_add_up():
+    found = goodput(lesson())
+    assert (found.steps, found.lost_steps, found.starts, found.failures) == (5, 1, 2, 1)
+    assert found.wall_s == 117
+    assert found.useful_s == 20 + 10 + 10 + 10 + 1  # 1, 2, 3 (second time), 4, 5 without its evaluation, the way out
+    assert (found.evaluation_s, found.checkpoint_s, found.setup_s, found.down_s) == (3, 1, 20 + 15, 10)
+    assert found.lost_s == 12 + 5  # step 3 of the first start, with its save, and the begun step 4
+    parts = (found.useful_s, found.evaluation_s, found.checkpoint_s, found.setup_s, found.lost_s, found.down_s)
+    assert sum(parts) == pytest.approx(found.wall_s)
+    assert found.share == pytest.approx(51 / 117) and found.mttf_s == 107
+    assert found.phases_s == {"save": 3.0, "learn": 4.0, "evaluate": 3.0}
+
+
+def test_a_run_that_still_goes_on_has_not_failed():
+    found = goodput(lesson()[:-1])
+    assert found.failures == 1 and goodput(lesson()[:4]).failures == 0
+    assert goodput([]) is None and goodput([at(0, "attempt")]) is None
+
+
+def test_hangs_and_stragglers_are_counted():
+    events = [*lesson()[:7], at(60, "hang", rank=1), *lesson()[7:]]
+    found = goodput(events + [at(120, "straggler", rank=1)])
+    assert (found.hangs, found.stragglers, found.lost_s, found.down_s) == (1, 1, 12 + 8, 7)
+
+
+def test_files_of_several_hosts_and_torn_lines_are_read(tmp_path):
+    one, other = EventLog(tmp_path / "events.jsonl", attempt="a"), EventLog(tmp_path / "events.n2.jsonl", attempt="a")
+    one.write("start", ranks=2)
+    other.write("hang", rank=3)
+    one.close()
+    path = tmp_path / "events.jsonl"
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole + whole[:end])
+        assert [event["event"] for event in read_events(tmp_path)] in (["start", "hang"], ["start", "start", "hang"])
+    path.write_bytes(whole + b'{"time": 1, "ev' + bytes(20))
+    log = EventLog(path, attempt="b")
+    log.write("start", ranks=2)
+    log.close()
+    assert [event["attempt"] for event in read_events(tmp_path)] == ["a", "a", "b"], "the next start begins a line of its own"
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_an_unwritable_diary_stops_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    EventLog(tmp_path / "file" / "events.jsonl").write("start")
+
+
+def test_the_command_prints_it(tmp_path, capsys):
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lesson()))
+    assert run(["goodput", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "43.6% of 117.0 s" in said and "5 kept, 1 done again" in said and "107 s" in said
+    assert run(["goodput", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lost_steps"] == 1
+    assert run(["goodput", str(tmp_path / "nothing")]) == 78
+    assert "expected the output_dir of a run that was started" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""Whom a hang is blamed on, when a phase is too long, who straggles: from records alone."""
+
+import pytest
+
+from megarl.operations.verdict import Limits, Process, stragglers, suspects
+
+NOW = 1000.0
+LOOP = ["ppo/loop.py:40 train"]
+
+
+def record(rank, collective="all_reduce", sites=("ppo/loop.py:40 train", "parallel/collectives.py:60 sum_over"), **changes):
+    basic = {"rank": rank, "pid": 100 + rank, "host": "n1", "phase": "learn", "step": 7, "since": NOW - 60, "pulse": NOW - 0.2}
+    return basic | {"collective": collective, "sites": list(sites), "longest": {"learn": 2.0}} | changes
+
+
+def found(records, **states):
+    processes = {r["rank"]: Process(states.get(f"rank{r['rank']}", "S")) for r in records}
+    return suspects(records, processes, NOW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "why"),
+    [
+        ({}, "T", "stopped by a signal"),
+        ({}, "X", "its process is gone"),
+        ({"pulse": NOW - 50}, "R", "native code holds the interpreter's lock for 50 s"),
+        ({"pulse": NOW - 50}, "D", "a device or file system does not answer"),
+        ({"collective": "", "sites": LOOP}, "S", "not in an exchange with other ranks"),
+        ({"collective": "", "sites": [*LOOP, "rollout/control.py:70 receive"]}, "S", "waits for its generators"),
+    ],
+)
+def test_the_rank_that_others_wait_for_is_the_only_suspect(changes, state, why):
+    (suspect,) = found([record(0), record(1), record(2, **changes), record(3)], rank2=state)
+    assert suspect.rank == 2 and suspect.is_certain and why in suspect.why
+    assert "rank 2 (host n1, pid 102) has been in phase learn of step 7 for 60 s" in suspect.words()
+
+
+def test_of_ranks_that_all_wait_the_odd_one_is_suspected():
+    behind, ahead = [*LOOP, "parallel/collectives.py:60 sum_over"], ["ppo/loop.py:44 train", "parallel/collectives.py:73 broadcast"]
+    (suspect,) = found([record(0, sites=behind), record(1, sites=behind), record(2, "broadcast", ahead)])
+    assert suspect.rank == 2 and "it waits in broadcast while the others wait in all_reduce" in suspect.why
+    (suspect,) = found([record(0, sites=behind), record(1, "broadcast", ahead)])
+    assert suspect.rank == 1, "of two, the one that is further on left something out"
+    (suspect,) = found([record(0, step=8), record(1)])
+    assert suspect.rank == 0
+
+
+def test_a_host_whose_ranks_all_wait_at_one_place_blames_nobody_for_certain():
+    hosts = found([record(0), record(1)])
+    assert [suspect.is_certain for suspect in hosts] == [False, False] and "see the report of the other hosts" in hosts[0].why
+
+
+def test_sites_of_another_phase_are_not_shown():
+    (suspect,) = found([record(0), record(1, pulse=NOW - 70)], rank1="T")
+    assert suspect.sites == ()
+
+
+def test_limits_follow_the_longest_phase_of_any_rank_and_start():
+    limits = Limits(floor_s=10, factor=5, first_s=300)
+    records = [record(0), record(1, longest={"learn": 8.0, "save": 1.0})]
+    assert limits.of("learn", records, {}) == 40
+    assert limits.of("learn", records, {"learn": 20.0}) == 100
+    assert limits.of("save", records, {}) == 10, "never under the floor"
+    assert limits.of("generate", records, {}) == 300, "never ended before"
+    assert limits.of("", records, {}) == 10, "between phases"
+
+
+def test_a_straggler_is_far_from_half_of_the_others_and_not_by_a_little():
+    assert stragglers({0: 1.0, 1: 1.2, 2: 6.0, 3: 0.9}, 2.5, 0.5) == [2]
+    assert stragglers({0: 1.0, 1: 6.0}, 2.5, 0.5) == [1]
+    assert stragglers({0: 0.01, 1: 0.2, 2: 0.01}, 2.5, 0.5) == []
+    assert stragglers({0: 1.0, 1: 1.5, 2: 2.0}, 2.5, 0.5) == [] and stragglers({0: 5.0}, 2.5, 0.5) == []
