@@ -6,7 +6,7 @@ The rules are the ones that Megatron-Core, vLLM and the loop would otherwise bre
 import math
 from collections.abc import Iterator, Mapping
 
-from megarl.config import DpoRun, LessonRun, PpoRun, Run
+from megarl.config import DpoRun, LessonRun, PpoRun, Run, SampleRun, TrainedModelConfig
 from megarl.config_file import RUNS, Fault
 from megarl.data.check import data_faults
 from megarl.data.pack_size import tile_of, token_budget
@@ -17,6 +17,7 @@ from megarl.ppo.algorithms import ADVANTAGES
 from megarl.ppo.eval_sets import evaluation_faults
 from megarl.rewards.check import reward_faults
 from megarl.rollout.check import sampling_faults
+from megarl.sampling.check import sample_faults
 
 LAYOUT_KEYS = ("parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert", "cluster")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -30,6 +31,7 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
     a model whose shape is not known is left out and not judged.
     """
     faults = [*_layout(run, world_size), *_sequence_parallel(run), *_virtual_pipeline(run), *_shared_head(run), *_packing(run)]
+    faults += data_faults(run)
     faults += [*_models(run, specs), *_frozen(run, specs), *_mixtures(run, specs), *_lengths(run, specs)]
     replica = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
     data = world_size // replica if world_size % replica == 0 else None
@@ -38,6 +40,9 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
         faults += [*_generation(run, world_size, specs), *_placement(run), *reward_faults(run), *_vocabularies(specs), *_kl(run)]
         faults += [*evaluation_faults(run)]
         faults += [*_correction(run), *_algorithm(run), *_average(run), *_ppo_batch(run, data)]
+    elif isinstance(run, SampleRun):
+        faults += sampling_faults(run, specs["actor"].vocab_size if "actor" in specs else None) if run.rollout.refill is None else []
+        faults += [*sample_faults(run), *_generation(run, world_size, specs), *reward_faults(run), *_vocabularies(specs)]
     elif isinstance(run, LessonRun):
         faults += [*_lesson(run), *_vocabularies(specs), *_lesson_batch(run, data)]
     return faults
@@ -66,7 +71,7 @@ def smallest_world(run: Run) -> int:
     """The smallest number of ranks that the layout of a run fits."""
     parallel = run.parallel
     replica = parallel.tensor * parallel.pipeline * parallel.context
-    generator = run.rollout.tensor_parallel if isinstance(run, PpoRun) and run.rollout.placement == "colocated" else 1
+    generator = run.rollout.tensor_parallel if isinstance(run, PpoRun | SampleRun) and run.rollout.placement == "colocated" else 1
     return math.lcm(replica, generator, parallel.pipeline * parallel.expert)
 
 
@@ -138,13 +143,13 @@ def _frozen(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
     """Which of the lowest layers may be frozen."""
     for key in ("actor", "critic", "model"):
         model, spec = getattr(run, key, None), specs.get(key)
-        if model is None or spec is None or model.frozen_layers == 0:
+        if not isinstance(model, TrainedModelConfig) or spec is None or model.frozen_layers == 0:
             continue
         knob = f"{key}.frozen_layers"
         if model.frozen_layers > spec.num_layers:
             text = f"{knob}: found {model.frozen_layers}; expected at most the {spec.num_layers} layers of {key}"
             yield Fault((knob, *_named(key)), text)
-        has_vocabulary_head = key == "actor" or (key == "model" and not isinstance(run, RewardRun))
+        has_vocabulary_head = key == "actor" or (isinstance(run, LessonRun) and run.role == "actor")
         if spec.tied and has_vocabulary_head:
             text = f"{knob}: found {model.frozen_layers}; expected 0: the embedding of {key} is its head, too (tied), which must learn"
             yield Fault((knob, *_named(key)), text)
@@ -161,7 +166,8 @@ def _mixtures(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
         if mixture is not None and tensor > 1 and not run.parallel.sequence:
             text = f"found false with parallel.tensor {tensor}; expected true: {key} is a mixture of experts, which takes its tokens split"
             yield Fault(("parallel.sequence", "parallel.tensor", *_named(key)), f"parallel.sequence: {text} over tensor-parallel ranks")
-        balance = getattr(run, key).optimizer.router_balance if key in ("actor", "critic", "model") else 0.0
+        model = getattr(run, key, None)
+        balance = model.optimizer.router_balance if isinstance(model, TrainedModelConfig) else 0.0
         if mixture is None and balance > 0:
             knob = f"{key}.optimizer.router_balance"
             yield Fault((knob, *_named(key)), f"{knob}: found {balance:g}; expected 0: {key} is dense, it has no router to balance")
@@ -184,7 +190,7 @@ def _tensor_fits(knob: str, tensor: int, model: str, spec: ModelSpec) -> Iterato
         yield Fault((knob, *_named(model)), text)
 
 
-def _generation(run: PpoRun, world_size: int, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+def _generation(run: PpoRun | SampleRun, world_size: int, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
     tensor, knob = run.rollout.tensor_parallel, "rollout.tensor_parallel"
     if run.rollout.placement == "colocated" and world_size % tensor:
         text = f"{knob}: found {tensor}; expected a divisor of the world of {world_size} ranks: {divisors(world_size)}"
@@ -211,7 +217,7 @@ def _placement(run: PpoRun) -> Iterator[Fault]:
         yield Fault(("rollout.listen", "rollout.placement", "cluster.nodes"), f"{text} first node that the others reach")
 
 
-def num_generators(run: PpoRun, world_size: int) -> int:
+def num_generators(run: PpoRun | SampleRun, world_size: int) -> int:
     """Generator replicas of a run."""
     if run.rollout.placement == "colocated":
         return world_size // run.rollout.tensor_parallel
@@ -249,7 +255,7 @@ def _packing(run: Run) -> Iterator[Fault]:
 
 def longest_sequence(run: Run) -> tuple[int, str, tuple[str, ...]]:
     """Tokens of the longest sequence a run may see, the same in words, and the keys that decide it."""
-    if isinstance(run, PpoRun):
+    if isinstance(run, PpoRun | SampleRun):
         prompts = {"data.max_prompt_tokens": run.data.max_prompt_tokens}
         for number, held_out in enumerate(run.eval.sets if run.eval is not None else ()):
             prompts[f"eval.sets.{number}.data.max_prompt_tokens"] = held_out.data.max_prompt_tokens
@@ -269,8 +275,8 @@ def _vocabularies(specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
     for key, spec in specs.items():
         if spec.vocab_size != expected:
             text = (
-                f"{key}.path: a vocabulary of {spec.vocab_size}; expected the {leader}'s {expected}: all models of a run read the same token"
-                f" ids, so {key} must come from a model with the same tokenizer"
+                f"{key}.path: a vocabulary of {spec.vocab_size}; expected the {leader}'s {expected}: all models of a run read the same"
+                f" token ids, so {key} must come from a model with the same tokenizer"
             )
             yield Fault((*_named(key), *_named(leader)), text)
 

@@ -12,8 +12,16 @@ from pydantic.fields import FieldInfo
 
 from megarl.config import Run, Section
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", tuple: "a list"}
-_PLACEHOLDERS: dict[Any, Any] = {int: 1, float: 1.0, bool: False, str: "?", Path: "?", tuple: []}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    tuple: "a list",
+    dict: "names and values",
+}
+_PLACEHOLDERS: dict[Any, Any] = {int: 1, float: 1.0, bool: False, str: "?", Path: "?", tuple: [], dict: {}}
 _NEAR = 0.6  # likeness below which a suggestion would only confuse
 
 
@@ -102,6 +110,8 @@ def _plain(field: FieldInfo) -> tuple[Any, type[Section] | None]:
         kind = options[0]
     while hasattr(kind, "__metadata__"):
         kind = kind.__origin__
+    if get_origin(kind) is dict:
+        return dict, None
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         return tuple, item if isinstance(item, type) and issubclass(item, Section) else None

@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from megarl.config import PpoRun, RewardRun, Run, SftRun
+from megarl.config import DpoRun, LessonRun, ModelConfig, PpoRun, Run, SampleRun
 from megarl.config_file import Fault
+from megarl.data.check import missing_files
 from megarl.errors import MegarlError
 from megarl.models.family import ModelSpec, read_spec
-from megarl.rewards.check import missing_for_rewards
+from megarl.rewards.check import missing_for_rewards, parts_of
 
 _NOT_SHAPE = ("hf_config", "max_positions", "tied")  # differ between a model and its fine-tuned copies without harm
 
@@ -41,18 +42,20 @@ class Survey:
 
 def model_uses(run: Run) -> list[ModelUse]:
     """The models of a run in the order they are loaded."""
-    if isinstance(run, PpoRun):
-        configs = {"actor": ("actor", run.actor)}
-        if run.critic is not None:
+    if isinstance(run, PpoRun | SampleRun):
+        configs: dict[str, tuple[str, ModelConfig]] = {"actor": ("actor", run.actor)}
+        if isinstance(run, PpoRun) and run.critic is not None:
             configs["critic"] = ("critic", run.critic)
-        if run.reference is not None:
+        if isinstance(run, PpoRun) and run.reference is not None:
             configs["reference"] = ("actor", run.reference)
         uses = [ModelUse(key, role, model.path, model.shape, model.random_init) for key, (role, model) in configs.items()]
-        parts = [(f"rewards.{i}", part) for i, part in enumerate(run.rewards) if part.kind == "model" and part.path is not None]
+        parts = [(key, part) for key, part in parts_of(run) if part.kind == "model" and part.path is not None]
         return uses + [ModelUse(key, "reward", part.path, part.shape, False) for key, part in parts]
-    assert isinstance(run, SftRun | RewardRun)
-    role = "actor" if isinstance(run, SftRun) else "critic"
-    return [ModelUse("model", role, run.model.path, run.model.shape, run.model.random_init)]
+    assert isinstance(run, LessonRun)
+    models = {"model": run.model}
+    if isinstance(run, DpoRun) and run.reference is not None:
+        models["reference"] = run.reference
+    return [ModelUse(key, run.role, model.path, model.shape, model.random_init) for key, model in models.items()]
 
 
 def survey(run: Run) -> Survey:
@@ -62,7 +65,7 @@ def survey(run: Run) -> Survey:
         _survey_model(use, found)
     found.missing.extend(_missing_files(run))
     found.missing.extend(_missing_packages(run))
-    if isinstance(run, PpoRun):
+    if isinstance(run, PpoRun | SampleRun):
         found.missing.extend(missing_for_rewards(run))
     if run.output_dir.exists() and not run.output_dir.is_dir():
         found.wrong.append(Fault(("output_dir",), f"output_dir: {run.output_dir} is a file; expected a directory or nothing there yet"))
@@ -128,17 +131,10 @@ def _differences(actual: ModelSpec, declared: ModelSpec) -> str:
 
 
 def _missing_files(run: Run) -> Iterator[Fault]:
-    tokenizer = "a sentencepiece .model file or a Hugging Face directory"
-    named = {"tokenizer": (run.tokenizer, tokenizer), "data.path": (run.data.path, "a JSONL file")}
-    if isinstance(run, PpoRun) and run.eval is not None:
-        named["eval.path"] = (run.eval.path, "a JSONL file")
-    if isinstance(run, SftRun | RewardRun) and run.data.eval_path is not None:
-        named["data.eval_path"] = (run.data.eval_path, "a JSONL file")
-    for key, (path, expected) in named.items():
-        if not path.exists():
-            yield Fault((key,), f"{key}: {path} does not exist; expected {expected}")
-        elif expected == "a JSONL file" and not path.is_file():
-            yield Fault((key,), f"{key}: {path} is a directory; expected {expected}")
+    if not run.tokenizer.exists():
+        text = f"{run.tokenizer} does not exist; expected a sentencepiece .model file or a Hugging Face directory"
+        yield Fault(("tokenizer",), f"tokenizer: {text}")
+    yield from missing_files(run)
 
 
 def _missing_packages(run: Run) -> Iterator[Fault]:

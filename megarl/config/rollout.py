@@ -1,11 +1,13 @@
 """Prompts, how responses are sampled, and what leaves the accelerator meanwhile."""
 
-from functools import partial
-from typing import Annotated, Literal
+import functools
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field
 
-from megarl.config.section import NotNegative, Positive, Section, UserPath
+from megarl.config.data import Dataset
+from megarl.config.section import Fraction, NotNegative, Positive, Section
 
 
 def _whole_distribution(value: float, neutral: tuple[float, ...]) -> float:
@@ -18,19 +20,44 @@ def _whole_distribution(value: float, neutral: tuple[float, ...]) -> float:
     return value
 
 
-class PromptData(Section):
-    """A JSONL file of prompts, one object a line, with `prompt` (text) or `messages`, and `answer` where a verifier needs one."""
+class PromptData(Dataset):
+    """Prompts: rows with `prompt` (text or messages) or `messages`, and `answer` where a verifier needs one."""
 
-    path: UserPath
     max_prompt_tokens: Positive = 512
     overlong: Literal["refuse", "skip", "truncate_left"] = "refuse"  # what happens to a longer prompt
-    prompt_key: str = "prompt"
-    answer_key: str = "answer"
-    chat_template: bool = False  # render `messages` (or the prompt as a user turn) through the tokenizer's template
+    min_pass_rate: Fraction = 0.0  # prompts with a lower `pass_rate` (of `megarl sample`) are left out
+    max_pass_rate: Fraction = 1.0  # so are those with a higher one
+
+    def for_file(self, path: Path) -> Self:
+        return super().for_file(path).model_copy(update={"min_pass_rate": 0.0, "max_pass_rate": 1.0})
+
+
+class LengthSchedule(Section):
+    """A length limit that grows in a line from `start` in the first step to `rollout.max_response_tokens` after `steps` steps."""
+
+    start: Positive  # tokens
+    steps: Positive
+
+
+class RefillConfig(Section):
+    """Groups without signal, whose responses all earned the same, give way to further prompts (DAPO's dynamic sampling)."""
+
+    rounds: Positive = 4  # further rounds of sampling a step, at most
+    when_short: Literal["go_on", "stop"] = "go_on"  # no full batch even then: fill it with groups without signal, or end the run
+    by: str = "reward"  # what must differ within a group: the reward, or one of its parts by name (docs/rewards.md)
+    low: float | None = None  # a group whose mean is below this gives way, too
+    high: float | None = None  # and one whose mean is above this
+
+
+class PartialConfig(Section):
+    """Responses sampled in chunks; what is unfinished when enough groups are complete waits for the next step (docs/sampling.md)."""
+
+    chunk_tokens: Positive  # tokens between two looks at how many groups are complete
+    oversample: Annotated[float, Field(ge=1)] = 1.5  # groups under way at the start of a step, times rollout.prompts_per_step
 
 
 class RolloutConfig(Section):
-    """How responses are sampled by vLLM."""
+    """How responses are sampled by vLLM (docs/sampling.md)."""
 
     placement: Literal["colocated", "separate", "remote"] = "colocated"  # in the trainer's processes, beside them on its nodes, elsewhere
     replicas: NotNegative = 0  # generators: separate: on each node (0: one); remote: in all, brought by megarl.rollout.worker --join
@@ -39,12 +66,17 @@ class RolloutConfig(Section):
     prompts_per_step: Positive = 64
     samples_per_prompt: Positive = 1
     max_response_tokens: Positive = 128
+    length_schedule: LengthSchedule | None = None  # a lower limit in early steps; evaluation keeps max_response_tokens
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # text that ends a response, and belongs to it
+    stop_token_ids: tuple[NotNegative, ...] = ()  # tokens that end a response, beside the tokenizer's and the model's end-of-text
+    refill: RefillConfig | None = None
+    partial: PartialConfig | None = None
     temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0  # vLLM samples hotter than a lower one and refuses a higher one
     kv_cache_bytes: NotNegative = 0  # a rank, for vLLM's KV cache; 0: a part of the GPU (gpu_memory_fraction) or 256 MiB on a CPU
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     eager: bool = False  # True: no CUDA graphs
-    top_p: Annotated[float, AfterValidator(partial(_whole_distribution, neutral=(1.0,)))] = 1.0
-    top_k: Annotated[int, AfterValidator(partial(_whole_distribution, neutral=(0, -1)))] = 0
+    top_p: Annotated[float, AfterValidator(functools.partial(_whole_distribution, neutral=(1.0,)))] = 1.0
+    top_k: Annotated[int, AfterValidator(functools.partial(_whole_distribution, neutral=(0, -1)))] = 0
     parity_tolerance: Annotated[float, Field(gt=0)] | None = None  # largest mean |rollout - trainer log-prob|; null: by precision
     digest_every_syncs: NotNegative = 50  # every so many weight syncs each slice is compared at both ends, as in the first two; 0: never
 

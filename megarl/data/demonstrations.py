@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from megarl.config import LessonData
-from megarl.data.jsonl import LineFault, messages_field, read_rows, text_field
-from megarl.data.order import Purpose, contiguous_share, rows_at, step_share
-from megarl.data.packing import Cost
-from megarl.data.prompts import overlong_message
+from megarl.config import DataSource
+from megarl.data.example_set import LessonSet
+from megarl.data.fields import LineFault, check_messages, messages_field, required, text_field
+from megarl.data.order import Purpose
+from megarl.data.prompts import in_template
 from megarl.data.tokenizers import Message, Tokenizer
 from megarl.errors import DataError
-from megarl.parallel.layout import ParallelLayout
+
+Learn = Literal["responses", "last_response", "all"]
 
 
 @dataclass(frozen=True)
@@ -22,97 +23,93 @@ class Demonstration:
     loss_mask: tuple[bool, ...]
 
 
-class DemonstrationSet:
-    """The demonstrations of one JSONL file. `num_skipped` and `num_truncated` say what the over-long policy did.
+class DemonstrationSet(LessonSet[Demonstration]):
+    """Demonstrations of `megarl sft`."""
 
-    Raises `DataError` with every malformed line, or the number of over-long rows under the policy `refuse`.
-    """
+    use, order, unit = "demonstration", Purpose.DEMONSTRATIONS, "demonstration with a response"
 
-    def __init__(self, config: LessonData, tokenizer: Tokenizer, is_eval: bool = False):
-        self.num_skipped = 0
-        self.num_truncated = 0
-        self._config = config
-        path = config.eval_path if is_eval else config.path
-        if path is None:
-            raise ValueError("an evaluation set needs data.eval_path")
-        lines = read_rows(path, lambda line, row: (line, read_demonstration(row, tokenizer, config.chat_template)))
-        limit = config.max_tokens
-        overlong = [line for line, row in lines if len(row.token_ids) > limit]
-        if overlong and config.overlong == "refuse":
-            raise DataError(overlong_message(path, overlong, limit, "data.max_tokens", "skip or truncate"))
-        self.demonstrations = [kept for _, row in lines if (kept := self._fit(row, limit)) is not None]
-        if not self.demonstrations:
-            raise DataError(f"{path}: no demonstration with a response fits data.max_tokens={limit}; raise it")
+    @property
+    def demonstrations(self) -> list[Demonstration]:
+        """All demonstrations, in the order of the files."""
+        return self.examples
 
-    def __len__(self) -> int:
-        return len(self.demonstrations)
+    def parse(self, row: dict[str, Any], source: DataSource) -> Demonstration:
+        config = self._config
+        return read_demonstration(row, self._tokenizer, config.chat_template, config.learn, source.template)
 
-    def for_step(self, step: int, batch_size: int, seed: int, layout: ParallelLayout, cost: Cost | None = None) -> list[Demonstration]:
-        """This data rank's part of the global batch of step `step`, a function of (seed, position): equally many rows, or equal `cost`."""
-        rows = [self.demonstrations[i] for i in rows_at(step * batch_size, batch_size, len(self), seed, Purpose.DEMONSTRATIONS)]
-        lengths = [[len(row.token_ids)] for row in rows]
-        return [rows[i] for i in step_share(lengths, layout, "train.batch_size", cost)]
+    def lengths(self, example: Demonstration) -> list[int]:
+        return [len(example.token_ids)]
 
-    def shard(self, layout: ParallelLayout) -> list[Demonstration]:
-        """This data rank's part of the whole file in file order, for evaluation; sizes differ by at most one."""
-        return self.demonstrations[contiguous_share(len(self), layout)]
-
-    def _fit(self, row: Demonstration, limit: int) -> Demonstration | None:
-        if len(row.token_ids) <= limit:
-            return row
-        # A cut that leaves nothing to learn is a skip.
-        if self._config.overlong == "skip" or not any(row.loss_mask[:limit]):
-            self.num_skipped += 1
+    def cut(self, example: Demonstration, limit: int) -> Demonstration | None:
+        if not any(example.loss_mask[:limit]):
             return None
-        self.num_truncated += 1
-        return Demonstration(row.token_ids[:limit], row.loss_mask[:limit])
+        return Demonstration(example.token_ids[:limit], example.loss_mask[:limit])
 
 
-def read_demonstration(row: dict[str, Any], tokenizer: Tokenizer, chat_template: bool) -> Demonstration:
-    """A JSONL object as tokens and mask. The response ends with the end-of-text token, which is learned too."""
+def read_demonstration(
+    row: dict[str, Any], tokenizer: Tokenizer, chat_template: bool, learn: Learn = "responses", template: str = ""
+) -> Demonstration:
+    """A row as tokens and mask. The response ends with the end-of-text token, which is learned too.
+
+    `text` without a prompt is learned whole, as in pre-training, and only with `learn` all.
+    """
+    if "text" in row and not row.keys() & {"prompt", "messages", "response"}:
+        if learn != "all":
+            raise LineFault("a line with 'text' alone has no response to learn; set data.learn=all")
+        tokens = [*tokenizer.encode_prompt(text_field(row, "text")), tokenizer.eos_id]
+        return Demonstration(tuple(tokens), (True,) * len(tokens))
     if chat_template:
-        if "messages" in row:
-            messages = messages_field(row, "messages")
-        else:
-            messages = [
-                {"role": "user", "content": text_field(row, "prompt")},
-                {"role": "assistant", "content": text_field(row, "response")},
-            ]
-        return mask_assistant_turns(messages, tokenizer)
-    if "prompt" not in row and "messages" in row:
-        raise LineFault("the line holds 'messages'; set data.chat_template=true to render them")
-    prompt = tokenizer.encode_prompt(text_field(row, "prompt"))
+        turns, first = _turns(row)
+        return mask_assistant_turns(turns, tokenizer, first, learn)
+    for key in ("messages", "prompt", "response"):
+        if isinstance(row.get(key), list) and ("prompt" not in row or key != "messages"):
+            raise LineFault(f"the line holds '{key}' as a chat; set data.chat_template=true to render it")
+    prompt = tokenizer.encode_prompt(in_template(text_field(row, "prompt"), template))
     response = tokenizer.encode(text_field(row, "response")) + [tokenizer.eos_id]
-    return Demonstration((*prompt, *response), (False,) * len(prompt) + (True,) * len(response))
+    return Demonstration((*prompt, *response), (learn == "all",) * len(prompt) + (True,) * len(response))
 
 
-def mask_assistant_turns(messages: Sequence[Message], tokenizer: Tokenizer) -> Demonstration:
-    """A chat as the model will meet it, assistant turns marked.
+def mask_assistant_turns(messages: Sequence[Message], tokenizer: Tokenizer, first: int = 0, learn: Learn = "responses") -> Demonstration:
+    """A chat as the model will meet it, assistant turns marked: those from message `first` on, the last alone, or every token.
 
     Turn i is what the template adds after the generation prompt of the chat before it, up to and with its last end-of-text
     token; so each longer rendering must start with the shorter one. Raises `LineFault` for templates where it does not
     (those that rewrite earlier turns), because then training would show other tokens than the rollout does.
     """
-    if not any(message["role"] == "assistant" for message in messages):
+    wanted = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
+    if not wanted:
         raise LineFault("'messages' has no assistant turn to learn")
     render = _line_faults(tokenizer.render_chat)
     whole = render(list(messages), False)
     mask = [False] * len(whole)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for i in wanted if learn == "responses" else wanted[-1:]:
         before, after = render(list(messages[:i]), True), render(list(messages[: i + 1]), False)
         if after[: len(before)] != before or whole[: len(after)] != after:
             raise LineFault(
                 f"the chat template renders message {i} differently inside a longer chat, so its tokens cannot be marked;"
-                " use a template that only appends, or one turn a line"
+                " use a template that only appends, data.learn=last_response, or one turn a line"
             )
         if i == len(messages) - 1 and tokenizer.eos_id not in after[len(before) :]:
             whole, mask = [*whole, tokenizer.eos_id], [*mask, False]
             after = whole
         end = max((p + 1 for p in range(len(before), len(after)) if after[p] == tokenizer.eos_id), default=len(after))
         mask[len(before) : end] = [True] * (end - len(before))
-    return Demonstration(tuple(whole), tuple(mask))
+    return Demonstration(tuple(whole), (True,) * len(whole) if learn == "all" else tuple(mask))
+
+
+def as_turns(row: dict[str, Any], key: str, role: str) -> list[Message]:
+    """What stands under `key`: messages, or one message of `role` made of its text."""
+    if isinstance(required(row, key), str):
+        return [{"role": role, "content": text_field(row, key)}]
+    return check_messages(row[key], key)
+
+
+def _turns(row: dict[str, Any]) -> tuple[list[Message], int]:
+    """A row's conversation, and where what is to be learned begins."""
+    if "messages" in row:
+        return messages_field(row, "messages"), 0
+    prompt = as_turns(row, "prompt", "user")
+    return [*prompt, *as_turns(row, "response", "assistant")], len(prompt)
 
 
 def _line_faults(render: Callable[[list[Message], bool], list[int]]) -> Callable[[list[Message], bool], list[int]]:

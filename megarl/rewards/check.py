@@ -2,16 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megarl.config import PpoRun, RewardPart
+from megarl.config import PpoRun, RewardPart, SampleRun
 from megarl.config_file import Fault
 
-ANSWER_KINDS = ("exact", "numeric", "math", "code")  # compare with, or run, what the data has under data.answer_key
+ANSWER_KINDS = ("exact", "numeric", "math", "code")  # compare with, or run, what the data has under the column `answer`
+CAN_PASS = ("exact", "numeric", "math", "regex", "code", "function", "http")  # a score of 1 means that the response is right
 # The knobs of each kind beside kind and weight: those it must have first, then those it may have.
 KNOBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "exact": ((), ()),
@@ -36,23 +37,22 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DEFAULT_TIMEOUT_S = {"function": 300, "http": 300, "math": 5, "code": 10}
 
 
-def reward_faults(run: PpoRun) -> Iterator[Fault]:
-    """Everything about `rewards` and `reward_hook` that cannot work, whatever the machine."""
-    if not run.rewards:
+def reward_faults(run: PpoRun | SampleRun) -> Iterator[Fault]:
+    """Everything about `rewards`, `reward_hook` and the metrics of `eval.sets` that cannot work, whatever the machine."""
+    if not run.rewards and isinstance(run, PpoRun):
         yield Fault(("rewards",), "rewards: found an empty list; expected at least one part, such as {kind: exact}")
-    for index, part in enumerate(run.rewards):
-        yield from _wrong_knobs(f"rewards.{index}", part)
-        yield from _wrong_values(f"rewards.{index}", part, run)
+    for key, part in parts_of(run):
+        yield from _wrong_knobs(key, part)
+        yield from _wrong_values(key, part, run)
     if run.rewards and all(part.weight == 0 for part in run.rewards):
         yield Fault(("rewards",), "rewards: every weight is 0; expected at least one part that counts")
     if run.reward_hook is not None and not _is_function(run.reward_hook):
         yield Fault(("reward_hook",), f"reward_hook: found {run.reward_hook!r}; expected {MEANING['function']}")
 
 
-def missing_for_rewards(run: PpoRun) -> Iterator[Fault]:
+def missing_for_rewards(run: PpoRun | SampleRun) -> Iterator[Fault]:
     """What the parts need of this machine and do not find."""
-    for index, part in enumerate(run.rewards):
-        key = f"rewards.{index}"
+    for key, part in parts_of(run):
         if part.kind == "math" and find_spec("math_verify") is None:
             text = "needs the package math-verify, which is not installed here; run pip install 'megarl[math]'"
             yield Fault((f"{key}.kind",), f"{key}.kind: math {text}")
@@ -70,6 +70,24 @@ ROOT_REFUSED = (
     "code runs responses as the user of this process, who is root: no limit on processes holds for root; expected another user, or"
     " {key}.accept: [root]"
 )
+
+
+def parts_of(run: PpoRun | SampleRun) -> list[tuple[str, RewardPart]]:
+    """The parts of the reward and the metrics of the held-out sets, by their dotted names."""
+    found = [(f"rewards.{index}", part) for index, part in enumerate(run.rewards)]
+    sets = run.eval.sets if isinstance(run, PpoRun) and run.eval is not None else ()
+    for number, held_out in enumerate(sets):
+        found += [(f"eval.sets.{number}.metrics.{index}", part) for index, part in enumerate(held_out.metrics)]
+    return found
+
+
+def distinct_names(kinds: Sequence[str]) -> list[str]:
+    """A name for each reward part of a configuration: its kind, numbered from the second of a kind on (`model`, `model_2`)."""
+    names: list[str] = []
+    for i, kind in enumerate(kinds):
+        earlier = list(kinds[:i]).count(kind)
+        names.append(f"{kind}_{earlier + 1}" if earlier else kind)
+    return names
 
 
 def split_function(name: str) -> tuple[str, str]:
@@ -113,7 +131,7 @@ def _wrong_knobs(key: str, part: RewardPart) -> Iterator[Fault]:
         yield Fault((f"{key}.{name}", f"{key}.kind"), text)
 
 
-def _wrong_values(key: str, part: RewardPart, run: PpoRun) -> Iterator[Fault]:
+def _wrong_values(key: str, part: RewardPart, run: PpoRun | SampleRun) -> Iterator[Fault]:
     if part.kind == "regex" and part.pattern:
         try:
             re.compile(part.pattern, re.DOTALL)

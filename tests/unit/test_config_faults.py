@@ -127,7 +127,8 @@ CASES = [
     Case(
         "missing section",
         (
-            "ROOT/run.yaml: data: missing; expected a section with the keys path, max_prompt_tokens, overlong, prompt_key, answer_key, chat_template",
+            "ROOT/run.yaml: data: missing; expected a section with the keys path, format, columns, template, split, sources, malformed, chat_template,"
+            " max_prompt_tokens, overlong, min_pass_rate, max_pass_rate",
         ),
         change=("data:\n  path: {root}/prompts.jsonl\n  max_prompt_tokens: 16\n", ""),
     ),

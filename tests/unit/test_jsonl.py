@@ -1,12 +1,13 @@
 import pytest
 
-from megarl.data.jsonl import answer_field, messages_field, read_rows, text_field
+from megarl.data.fields import answer_field, messages_field, text_field
+from megarl.data.reading import read_rows
 from megarl.errors import DataError
 from tests.unit.text_files import write_lines
 
 
 def read_prompts(path):
-    return read_rows(path, lambda line, row: (line, text_field(row, "prompt")))
+    return read_rows(path, lambda place, row: (place.number, text_field(row, "prompt"))).rows
 
 
 def test_rows_keep_their_line_numbers_and_blank_lines_are_passed_over(tmp_path):
@@ -73,7 +74,7 @@ def test_a_missing_file_is_refused_in_one_line(tmp_path):
 
 def test_answers_may_be_numbers_but_not_truth_values(tmp_path):
     def answers(row):
-        return read_rows(write_lines(tmp_path / "d.jsonl", [row]), lambda line, row: answer_field(row, "answer"))
+        return read_rows(write_lines(tmp_path / "d.jsonl", [row]), lambda place, row: answer_field(row, "answer")).rows
 
     assert answers({"answer": 12}) == ["12"]
     assert answers({"answer": "012"}) == ["012"]
@@ -96,4 +97,4 @@ def test_answers_may_be_numbers_but_not_truth_values(tmp_path):
 def test_malformed_chats_are_refused(tmp_path, messages, reason):
     path = write_lines(tmp_path / "d.jsonl", [{"messages": messages}])
     with pytest.raises(DataError, match=reason):
-        read_rows(path, lambda line, row: messages_field(row, "messages"))
+        read_rows(path, lambda place, row: messages_field(row, "messages"))

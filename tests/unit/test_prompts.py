@@ -96,7 +96,7 @@ def test_overlong_prompts_follow_the_policy(tmp_path, tokenizer):
     cut = read("truncate_left")
     assert tokenizer.decode(cut.prompts[1].token_ids) == "6789"
     assert (cut.num_skipped, cut.num_truncated) == (0, 1)
-    with pytest.raises(DataError, match="all 3 prompts"):
+    with pytest.raises(DataError, match="no prompt fits data.max_prompt_tokens=1; raise it"):
         PromptSet(PromptData(path=path, max_prompt_tokens=1, overlong="skip"), tokenizer)
 
 
@@ -135,7 +135,7 @@ def test_lines_that_cannot_be_prompts_are_named(tmp_path, tokenizer, row, chat, 
 
 def test_prompt_and_answer_may_have_other_names(tmp_path, tokenizer):
     path = write_lines(tmp_path / "p.jsonl", [{"question": "1+1=", "solution": 2, "answer": "no"}])
-    data = PromptData(path=path, prompt_key="question", answer_key="solution")
+    data = PromptData(path=path, columns={"prompt": "question", "answer": "solution"})
     (prompt,) = PromptSet(data, tokenizer, needs_answers=True).prompts
     assert (prompt.text, prompt.answer) == ("1+1=", "2")
 
