@@ -3,7 +3,6 @@
 Pure arithmetic on the configuration and the models' `config.json`: no torch.distributed, no GPU, any world size.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megarl.config import PpoRun, Run
+from megarl.config import PpoRun, Run, SampleRun
 from megarl.config_file import draft_run, to_yaml
-from megarl.cross_check import cross_check, layout_of, longest_row, longest_sequence, num_generators, smallest_world, started_on
-from megarl.data.pack_size import token_budget
+from megarl.cross_check import cross_check, layout_of, longest_sequence, num_generators, smallest_world, started_on
 from megarl.errors import ConfigError
-from megarl.models.family import ModelSpec, Role
+from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
-from megarl.run_files import model_uses, survey
+from megarl.planner.batch import batch_of
+from megarl.planner.devices import DEFAULT_GPU, GIB, GPUS, Assumptions
+from megarl.planner.memory import plan_memory
+from megarl.planner.models import fullest
+from megarl.ppo.algorithms import ADVANTAGES
+from megarl.rollout.check import sampling_notices, sampling_rows
+from megarl.run_files import survey
+from megarl.sampling.check import sample_rows
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,36 +42,6 @@ class Inspection:
     @property
     def layout(self) -> ParallelLayout:
         return layout_of(self.run, self.world_size)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The arithmetic of one optimizer step: `size` = microbatches x microbatch_size x data.
-
-    With packing (`max_tokens`), these are the microbatches of the longest rows: real ones are fewer.
-    """
-
-    size: int
-    microbatches: int
-    microbatch_size: int
-    data: int
-    max_tokens: int = 0
-
-    def words(self, unit: str) -> str:
-        """How the batch is cut."""
-        if self.max_tokens:
-            return f"at most {self.microbatches} microbatches of {self.max_tokens} tokens x data {self.data}"
-        return f"{self.microbatches} microbatches x {self.microbatch_size} {unit} x data {self.data}"
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Rough bytes of one model on the rank that holds most of it. Activations, buffers and fragmentation come on top."""
-
-    parameters: int  # of the whole model
-    weights: int
-    gradients: int
-    optimizer: int
 
 
 def inspect(kind: str, path: Path, overrides: Sequence[str], world_size: int | None = None, is_start: bool = False) -> Inspection:
@@ -88,38 +63,6 @@ def inspect(kind: str, path: Path, overrides: Sequence[str], world_size: int | N
         raise ConfigError(list(dict.fromkeys(draft.located(fault) for fault in faults)))
     notices = [draft.located(fault) for fault in found.missing]
     return Inspection(run, world_size, reason, found.specs, (*notices, *_notices(run, world_size, found.specs)))
-
-
-def batch_of(run: Run, world_size: int) -> Batch:
-    """How one optimizer step is cut."""
-    layout = layout_of(run, world_size)
-    size = run.ppo.minibatch_size if isinstance(run, PpoRun) else run.train.batch_size
-    most, rows = run.parallel.max_tokens_per_microbatch, run.parallel.microbatch_size
-    if most:
-        rows = max(1, token_budget(run.parallel) // longest_row(run))
-    return Batch(size, math.ceil(size // layout.data / rows), rows, layout.data, most)
-
-
-def memory_of(run: Run, spec: ModelSpec, role: Role, data: int, is_trained: bool) -> Memory:
-    """Rough bytes on the heaviest of `data` ranks that share out the optimizer's state.
-
-    Float32 gradients and, per parameter, float32 Adam moments and (in bf16) float32 masters.
-    """
-    shapes = spec.table(role).hf_shapes
-    experts = spec.num_expert_parameters()
-    layers = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name) - experts
-    ends = [math.prod(shape) for name, shape in shapes.items() if ".layers." not in name and len(shape) > 1]
-    pipeline = run.parallel.pipeline
-    outside = sum(ends) if pipeline == 1 else max(ends)
-    split = math.ceil((layers / pipeline + outside) / run.parallel.tensor)
-    own_experts = math.ceil(experts / pipeline / run.parallel.expert)
-    local = split + own_experts
-    width = 2 if run.precision == "bf16" else 4
-    if run.parallel.distributed_optimizer:  # ranks with the same experts are others than those with the same part of everything else
-        split, own_experts = split / data, own_experts / max(1, data * run.parallel.tensor // run.parallel.expert)
-    optimizer = int((split + own_experts) * (12 if run.precision == "bf16" else 8))
-    whole = spec.num_parameters(role)
-    return Memory(whole, local * width, local * 4 if is_trained else 0, optimizer if is_trained else 0)
 
 
 def show(inspection: Inspection, console: Console) -> None:
@@ -171,16 +114,19 @@ def arithmetic(inspection: Inspection) -> list[tuple[str, str]]:
                 f"{updates - frozen} of the actor",
             ),
             ("tokens a step", f"at most {sequences} x {longest} = {sequences * longest:,}"),
+            *sampling_rows(run, ADVANTAGES[run.ppo.advantage].greedy),
         ]
+    elif isinstance(run, SampleRun):
+        return rows + sample_rows(run, num_generators(run, inspection.world_size), longest)
     else:
-        unit = "examples" if run.__class__.__name__ == "SftRun" else "pairs"
+        unit, together = run.unit, run.sequences_per_row
         rows += [
             (
                 "batch",
                 f"{batch.size} {unit} = {batch.words(unit)}",
             ),
             ("optimizer steps", f"{run.train.total_steps}, {run.train.total_steps * batch.size:,} {unit} in all"),
-            ("tokens a step", f"at most {batch.size} x {longest}{' x 2' if unit == 'pairs' else ''}"),
+            ("tokens a step", f"at most {batch.size} x {longest}{f' x {together}' if together > 1 else ''}"),
         ]
     if layout.pipeline > 1:
         chunks = run.parallel.virtual_pipeline
@@ -241,6 +187,7 @@ def _notices(run: Run, world_size: int, specs: dict[str, ModelSpec]) -> list[str
             found.append(f"{sequences} sequences a step for {replicas} generator replicas: some will have nothing to do")
         if run.ppo.critic_warmup_steps >= run.ppo.total_steps:
             found.append(f"ppo.critic_warmup_steps {run.ppo.critic_warmup_steps} of {run.ppo.total_steps}: the actor will never learn")
+        found += sampling_notices(run)
     return found
 
 
@@ -255,38 +202,24 @@ def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
 
 
 def _print_memory(console: Console, inspection: Inspection) -> None:
-    run, data = inspection.run, inspection.layout.data * inspection.layout.context  # ranks that share an optimizer's state
-    table = _table(console, "Memory of the fullest rank, roughly; activations, buffers and KV cache come on top")
+    plan = plan_memory(inspection.run, inspection.specs, inspection.layout, GPUS[DEFAULT_GPU], Assumptions())
+    table = _table(console, f"Memory of the fullest rank on a {DEFAULT_GPU}, memory.offload {plan.offload}; megarl plan says more")
     for name in ("model", "parameters", "weights", "gradients", "optimizer", "sum"):
         table.add_column(name, justify="left" if name == "model" else "right")
-    training = 0
-    for use in model_uses(run):
-        if use.key in inspection.specs:
-            is_trained = use.key in ("actor", "critic", "model")
-            role = "actor" if use.role == "actor" else "critic"
-            memory = memory_of(run, inspection.specs[use.key], role, data, is_trained)
-            training += _memory_row(table, use.key, memory)
-    if isinstance(run, PpoRun) and "actor" in inspection.specs:
-        actor = inspection.specs["actor"]
-        if run.reference is None:
-            training += _memory_row(table, "reference (the actor's start)", memory_of(run, actor, "actor", data, False))
-        whole = actor.num_parameters("actor")
-        width = 2 if run.precision == "bf16" else 4
-        generator = _memory_row(table, "generator", Memory(whole, whole * width // run.rollout.tensor_parallel, 0, 0))
-        if run.rollout.placement == "colocated":
-            _sum_row(table, "sum while generating", training + generator)
-    _sum_row(table, "sum while learning" if isinstance(run, PpoRun) else "sum", training)
+    for model in plan.models:
+        owned, count = fullest(model), model.spec.num_parameters(model.role)
+        parts = (owned.weights, owned.gradients, owned.optimizer + owned.ema)
+        table.add_row(_name(inspection, model.key), f"{count:,}", *map(_size, (*parts, owned.total)))
+    for phase in plan.names:
+        worst = plan.worst(phase)
+        table.add_row(f"all while {phase}", "", "", "", "", _size(worst.total))
     console.print(table)
 
 
-def _memory_row(table: Table, name: str, memory: Memory) -> int:
-    parts = (memory.weights, memory.gradients, memory.optimizer)
-    table.add_row(name, f"{memory.parameters:,}", *(_size(part) for part in (*parts, sum(parts))))
-    return sum(parts)
-
-
-def _sum_row(table: Table, name: str, size: int) -> None:
-    table.add_row(name, "", "", "", "", _size(size))
+def _name(inspection: Inspection, key: str) -> str:
+    """A model's key; a reference that the run does not name is the start of the model that learns."""
+    start = "actor" if isinstance(inspection.run, PpoRun) else "model"
+    return f"{key} (the {start}'s start)" if key == "reference" and key not in inspection.specs else key
 
 
 def _size(num_bytes: int) -> str:

@@ -1,6 +1,8 @@
 """The command `megarl`. Reading and refusing come first and import nothing heavy; torch, Megatron and vLLM load for a run that fits.
 
-Exit codes: 0 done, 2 a user's mistake (one line each on stderr, no traceback), 1 anything else (with its traceback), 130 interrupted.
+Exit codes: 0 done; 75 stopped because it was asked to, the same command goes on from there; 78 a run that cannot work as it is configured,
+65 data that cannot be read, 2 another mistake of the user (one line each on stderr, no traceback); 1 anything else (with its traceback);
+130 interrupted. `outcome.json` in the run's folder says the same and more.
 """
 
 import argparse
@@ -11,20 +13,25 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
 from megarl import __version__, file_commands
 from megarl.check import Inspection, inspect, show
-from megarl.config import PpoRun, RewardRun, SftRun
+from megarl.config import DpoRun, PpoRun, RewardRun, RrhfRun, Run, SampleRun, SftRun
 from megarl.config_file import RUNS
 from megarl.errors import ConfigError, MegarlError
-from megarl.operations import heartbeat
+from megarl.operations import drain, heartbeat, outcome
 from megarl.operations.commands import COMMANDS as OPERATIONS
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.torchrun import is_torchrun, rank_from_environment
+from megarl.planner import command as planner
 from megarl.run_folder import describe_versions, write_run_folder
+
+if TYPE_CHECKING:
+    from megarl.checkpoint.train_state import TrainState
+    from megarl.sampling.sampler import Answered
 
 SAY_AFTER_S = (5.0, 10.0)  # first rank of another node, every other rank: torchrun ends them sooner when rank 0 has spoken
 PLAIN_WIDTH = 160  # columns of text that goes to a file
@@ -33,7 +40,11 @@ _SUMMARY = {
     "ppo": "PPO with a critic: sample with vLLM, score, learn, publish the weights, repeat",
     "sft": "supervised fine-tuning on demonstrations",
     "reward": "train a reward model on preference pairs",
+    "dpo": "direct preference optimisation (or IPO) on preference pairs",
+    "rrhf": "learn from ranked lists of responses",
+    "sample": "sample responses to prompts, score them and write them down",
     **{name: summary for name, (summary, _, _) in {**file_commands.COMMANDS, **OPERATIONS}.items()},
+    "plan": "does a run fit its GPUs, and how long does a step take? Needs no GPU",
     "version": "versions of megarl and of what it runs on",
 }
 
@@ -92,7 +103,7 @@ def _say(error: MegarlError) -> None:
 def _dispatch(arguments: list[str]) -> int:
     parser = _parser()
     parsed, extra = parser.parse_known_args(arguments)
-    if parsed.command in RUNS:
+    if parsed.command in RUNS or parsed.command == "plan":
         parsed.overrides += extra  # argparse gives up on positional arguments that follow an option
         extra = [word for word in parsed.overrides if word.startswith("-")]
     if extra:
@@ -116,18 +127,37 @@ def _course(parsed: argparse.Namespace) -> int:
         return 0
     if parsed.world is not None:
         raise ConfigError("--world is for --check; a run has as many ranks as were started")
-    inspection = inspect(parsed.command, Path(parsed.config), parsed.overrides, world_size, is_start=True)
-    with heartbeat.rank_of(inspection.run.output_dir):
-        layout = _start(inspection)
-        {"ppo": _ppo, "sft": _sft, "reward": _reward}[parsed.command](inspection.run, layout)
-        _finish_together(layout)
-    return 0
+    with outcome.recorded():
+        inspection = inspect(parsed.command, Path(parsed.config), parsed.overrides, world_size, is_start=True)
+        run = inspection.run
+        with heartbeat.rank_of(run.output_dir), outcome.recorded(run.output_dir):
+            layout = _start(inspection)
+            state = _START[parsed.command](run, layout)
+            _finish_together(layout)
+    return _conclude(run, state)
+
+
+def _conclude(run: Run, state: "TrainState | Answered") -> int:
+    """Rank 0 writes down that the run is done, or where it stopped because it was asked to; returns the exit code."""
+    if isinstance(run, SampleRun):
+        total = state.total
+    else:
+        total = run.ppo.total_steps if isinstance(run, PpoRun) else run.train.total_steps
+    ended = outcome.ended(state.step, total, drain.reason(0))
+    if rank_from_environment()[0] == 0:
+        ended.write(run.output_dir)
+        if ended.outcome == "drained":
+            print(f"megarl: {ended.reason}", file=sys.stderr)
+    return ended.exit_code
 
 
 def _start(inspection: Inspection) -> ParallelLayout:
     """Write down what is about to run and start the process groups."""
+    drain.listen()
     if rank_from_environment()[0] == 0:
         write_run_folder(inspection.run)
+        if outcome.epoch() == outcome.ALONE:
+            outcome.make_current(inspection.run.output_dir, outcome.ALONE)
         for notice in inspection.notices:
             print(f"megarl: warning: {notice}", file=sys.stderr)
     from megarl.parallel import groups
@@ -142,25 +172,46 @@ def _finish_together(layout: ParallelLayout) -> None:
     collectives.agree(None, groups.group(layout, "world"))
 
 
-def _ppo(run: PpoRun, layout: ParallelLayout) -> None:
+def _ppo(run: PpoRun, layout: ParallelLayout) -> "TrainState":
     from megarl.ppo.assembly import build_parts
     from megarl.ppo.loop import train
 
     parts = build_parts(run, layout)
     with closing(parts.log):
-        train(run, layout, parts)
+        return train(run, layout, parts)
 
 
-def _sft(run: SftRun, layout: ParallelLayout) -> None:
+def _sft(run: SftRun, layout: ParallelLayout) -> "TrainState":
     from megarl.course.sft import train_sft
 
-    train_sft(run, layout)
+    return train_sft(run, layout)
 
 
-def _reward(run: RewardRun, layout: ParallelLayout) -> None:
+def _reward(run: RewardRun, layout: ParallelLayout) -> "TrainState":
     from megarl.course.reward_model import train_reward
 
-    train_reward(run, layout)
+    return train_reward(run, layout)
+
+
+def _dpo(run: DpoRun, layout: ParallelLayout) -> "TrainState":
+    from megarl.course.dpo import train_dpo
+
+    return train_dpo(run, layout)
+
+
+def _rrhf(run: RrhfRun, layout: ParallelLayout) -> "TrainState":
+    from megarl.course.rrhf import train_rrhf
+
+    return train_rrhf(run, layout)
+
+
+def _sample(run: SampleRun, layout: ParallelLayout) -> "Answered":
+    from megarl.sampling.assembly import sample_responses
+
+    return sample_responses(run, layout)
+
+
+_START = {"ppo": _ppo, "sft": _sft, "reward": _reward, "dpo": _dpo, "rrhf": _rrhf, "sample": _sample}
 
 
 def _version(parsed: argparse.Namespace) -> int:
@@ -178,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_course(_add(commands, kind, _course))
     for name, (_, add_arguments, action) in {**file_commands.COMMANDS, **OPERATIONS}.items():
         add_arguments(_add(commands, name, action))
+    planner.add_plan(_add(commands, "plan", planner.run_plan))
     _add(commands, "version", _version)
     return parser
 

@@ -9,12 +9,19 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megarl.config import PpoRun, RewardRun, Run, SftRun
+from megarl.config import DpoRun, PpoRun, RewardRun, RrhfRun, Run, SampleRun, SftRun
 from megarl.errors import ConfigError
 from megarl.knobs import generic, knobs, nearest
 from megarl.yaml_document import describe, parse_value, read_document
 
-RUNS: dict[str, type[Run]] = {"ppo": PpoRun, "sft": SftRun, "reward": RewardRun}
+RUNS: dict[str, type[Run]] = {
+    "ppo": PpoRun,
+    "sft": SftRun,
+    "reward": RewardRun,
+    "dpo": DpoRun,
+    "rrhf": RrhfRun,
+    "sample": SampleRun,
+}
 
 _EXPECTED = {  # limits, by pydantic's name of the error
     "greater_than_equal": "at least {ge:g}",
@@ -73,7 +80,7 @@ class Draft:
 
 
 def load_run(kind: str, path: Path | str, overrides: Sequence[str] = ()) -> Any:
-    """The frozen run of `kind` (`ppo`, `sft`, `reward`) in `path`.
+    """The frozen run of `kind` (a key of `RUNS`) in `path`.
 
     Raises ConfigError with every fault of the file and the overrides. Whether the run fits a world, its models and its files is
     `megarl.cross_check`.

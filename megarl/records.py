@@ -13,13 +13,21 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. `temperature` 0 means greedy. `stop_token_ids` end a response and belong to it."""
+    """How responses are drawn. `temperature` 0 means greedy. What ends a response belongs to it: a token of `stop_token_ids`, or the
+    token that completes one of `stop_strings` in its text.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_list(cls, values: list) -> "Sampling":
+        """What `list(dataclasses.astuple(sampling))` became on its way through JSON."""
+        return cls(*(tuple(value) if isinstance(value, list) else value for value in values))
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """One response to sample. Requests with equal fields give equal completions, whoever samples them."""
+    """One response to sample, or more of one: the last `num_sampled` of the tokens are its beginning, sampled before.
+
+    Requests with equal fields give equal completions, whoever samples them.
+    """
 
     prompt_id: int
     sample_index: int
     token_ids: tuple[int, ...]
     sampling: Sampling
     seed: int
+    num_sampled: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,25 @@ class Completion:
     policy_version: int  # of the weights that chose the first token
     later_versions: tuple[tuple[int, int], ...] = ()
 
+    @classmethod
+    def from_list(cls, values: list) -> "Completion":
+        """What `list(dataclasses.astuple(completion))` became on its way through JSON."""
+        prompt_id, sample_index, token_ids, logprobs, reason, version, later = values
+        return cls(prompt_id, sample_index, tuple(token_ids), tuple(logprobs), reason, version, tuple(map(tuple, later)))
+
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A prompt, one response to it, and what the response earned. `reward` is the weighted sum of `reward_parts`."""
+    """A prompt, one response to it, and what the response earned. `reward` is the weighted sum of `reward_parts`.
+
+    `greedy` is the likeliest response to the same prompt, judged alike, in runs that compare with it.
+    """
 
     prompt: Prompt
     completion: Completion
     reward: float
     reward_parts: dict[str, float] = field(default_factory=dict)
+    greedy: "Trajectory | None" = None
 
 
 class TensorRecord:
@@ -122,7 +144,7 @@ class PackedTokens(TokenBatch):
 
     def places(self) -> torch.Tensor:
         """As for `TokenBatch`; entries of padding, which nobody reads, show some token of the microbatch."""
-        starts = self.lengths.cumsum(0) - self.lengths
+        starts = torch.minimum(self.lengths.cumsum(0) - self.lengths, (self.lengths.sum() - 1).clamp(min=0))
         offsets = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
         return starts[:, None] + torch.minimum(offsets, (self.lengths[:, None] - 1).clamp(min=0))
 
@@ -137,6 +159,9 @@ class RolloutBatch(TokenBatch):
     truncated: torch.Tensor  # bool[B]: the length limit cut the response
     group_ids: torch.Tensor  # i64[B]: equal for samples of one prompt
     sample_ids: torch.Tensor  # i64[B]: position in the whole rollout, unique across all replicas
+    baselines: torch.Tensor  # f32[B]: reward of the greedy response to the same prompt; 0 where there is none
+    baseline_truncated: torch.Tensor  # bool[B]: the length limit cut that one
+    ages: torch.Tensor  # i64[B, T]: how many policy versions ago each response token was sampled; 0 elsewhere
 
 
 @dataclass(frozen=True)
@@ -166,9 +191,50 @@ class PreferenceBatch(TensorRecord):
     chosen_lengths: torch.Tensor  # i64[B]
     rejected_ids: torch.Tensor  # i64[B, T]
     rejected_lengths: torch.Tensor  # i64[B]
+    margins: torch.Tensor  # f32[B]: by how much the chosen shall score higher
 
     sequences_per_row: ClassVar[int] = 2
 
     def sequences(self) -> TokenBatch:
         """What a model reads: 2 B sequences, the chosen of every pair, then the rejected of every pair."""
         return TokenBatch(torch.cat([self.chosen_ids, self.rejected_ids]), torch.cat([self.chosen_lengths, self.rejected_lengths]))
+
+
+@dataclass(frozen=True)
+class ResponseLists(TensorRecord):
+    """K responses to one prompt a row, each a whole sequence (prompt and response). A shorter list ends with sequences of length 0."""
+
+    token_ids: torch.Tensor  # i64[B, K, T]
+    lengths: torch.Tensor  # i64[B, K]
+    response_mask: torch.Tensor  # bool[B, K, T]: tokens of the responses; never the first token of a sequence
+
+    @property
+    def sequences_per_row(self) -> int:
+        return self.lengths.shape[1]
+
+    def sequences(self) -> TokenBatch:
+        """What a model reads: K B sequences, the first of every list, then the second of every list, and so on."""
+        return TokenBatch(self.token_ids.transpose(0, 1).flatten(0, 1), self.lengths.t().flatten())
+
+    @property
+    def sequence_mask(self) -> torch.Tensor:
+        """`response_mask` of `sequences()`: bool[K B, T]."""
+        return self.response_mask.transpose(0, 1).flatten(0, 1)
+
+    def by_row(self, of_sequences: torch.Tensor) -> torch.Tensor:
+        """[K B] numbers about `sequences()` as [B, K]."""
+        return of_sequences.view(self.sequences_per_row, -1).t()
+
+
+@dataclass(frozen=True)
+class ReferencedPairs(ResponseLists):
+    """The chosen and the rejected response (K = 2), and what the reference says about them."""
+
+    ref_logprobs: torch.Tensor  # f32[B, 2]: of whole responses
+
+
+@dataclass(frozen=True)
+class RankedLists(ResponseLists):
+    """Responses with the scores that rank them."""
+
+    scores: torch.Tensor  # f32[B, K]

@@ -38,6 +38,7 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-5
     router_balance: Annotated[float, Field(ge=0)] = 0.0  # coefficient of the load-balancing loss of a mixture's routers
     clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 turns clipping off
+    max_skipped_updates: Positive = 8  # updates in a row whose loss or gradient is not finite, before the run stops
 
 
 class ModelConfig(Section):

@@ -1,6 +1,6 @@
 """What the supervised lessons share: the loop, evaluation on held-out examples, and the parts they are made of.
 
-A lesson is a kind of example, a number the model says about it, and a loss. `sft.py` and `reward_model.py` are the two lessons.
+A lesson is a kind of example, a number the model says about it, and a loss: `sft.py`, `reward_model.py`, `dpo.py`, `rrhf.py`.
 """
 
 import sys
@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,7 @@ from megarl.checkpoint.manifest import ROLES
 from megarl.checkpoint.sources import open_start
 from megarl.checkpoint.store import Checkpoints
 from megarl.checkpoint.train_state import TrainState
-from megarl.config import RewardRun, SftRun
+from megarl.config import LessonRun
 from megarl.data.packing import Cost
 from megarl.data.tokenizers import check_vocabulary, load_tokenizer
 from megarl.metrics import Metrics, RunLog, StepMetrics
@@ -36,11 +35,9 @@ EVAL_MICROBATCHES = 8  # held-out examples are padded together in blocks of so m
 
 
 class Examples(Protocol):
-    """A dataset: `DemonstrationSet` or `PreferenceSet`. `num_skipped` and `num_truncated` say what the over-long policy did."""
+    """A dataset: `DemonstrationSet` and its kin. `notices` say what of its files was left out."""
 
-    num_skipped: int
-    num_truncated: int
-
+    def notices(self) -> list[str]: ...
     def for_step(self, step: int, batch_size: int, seed: int, layout: ParallelLayout, cost: Cost | None = None) -> Sequence[Any]: ...
     def shard(self, layout: ParallelLayout) -> Sequence[Any]: ...
 
@@ -52,7 +49,7 @@ class Lesson(ABC):
 
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> TensorRecord:
-        """Examples as one padded batch."""
+        """Examples as one padded batch, with everything the loss needs. Called by every rank of a replica."""
 
     @abstractmethod
     def weight(self, batch: TensorRecord) -> Tensor:
@@ -85,7 +82,7 @@ class LessonParts:
     log: RunLog
 
 
-def teach(run: SftRun | RewardRun, layout: ParallelLayout, parts: LessonParts) -> TrainState:
+def teach(run: LessonRun, layout: ParallelLayout, parts: LessonParts) -> TrainState:
     """Train until `run.train.total_steps`, from the newest checkpoint if there is one. Called by every rank; returns the last state."""
     data_group = groups.group(layout, "dp")
     gather = partial(collectives.gather_json, group=data_group)
@@ -95,7 +92,7 @@ def teach(run: SftRun | RewardRun, layout: ParallelLayout, parts: LessonParts) -
     parts.log.start(state.step)
     if state.step == 0:
         parts.log.write(0, evaluate(parts, run, layout).reduced(gather))
-    while state.step < run.train.total_steps:
+    while state.step < run.train.total_steps and not parts.checkpoints.is_draining:
         metrics = StepMetrics()
         with metrics.time("learn"):
             batch = lesson.collate(parts.examples.for_step(state.step, run.train.batch_size, run.seed, layout, cost))
@@ -107,19 +104,19 @@ def teach(run: SftRun | RewardRun, layout: ParallelLayout, parts: LessonParts) -
                 metrics += evaluate(parts, run, layout)
         report = metrics.reduced(gather)
         parts.log.write(state.step, report)
-        if parts.checkpoints.due(state):
+        if parts.checkpoints.due(state, report):
             parts.checkpoints.save(state, checkpointables, report)
     parts.log.close()
     return state
 
 
-def is_exam_due(run: SftRun | RewardRun, step: int) -> bool:
+def is_exam_due(run: LessonRun, step: int) -> bool:
     """True every `train.eval_every_steps` steps, and after the last step."""
     every = run.train.eval_every_steps
     return step == run.train.total_steps or (every > 0 and step % every == 0)
 
 
-def evaluate(parts: LessonParts, run: SftRun | RewardRun, layout: ParallelLayout) -> Metrics:
+def evaluate(parts: LessonParts, run: LessonRun, layout: ParallelLayout) -> Metrics:
     """This rank's share of the metrics on held-out examples, under `eval/`; empty without a held-out set. Called by every rank."""
     metrics = Metrics()
     if parts.held_out is None:
@@ -136,7 +133,7 @@ def evaluate(parts: LessonParts, run: SftRun | RewardRun, layout: ParallelLayout
 
 def build_parts(
     stage: str,
-    run: SftRun | RewardRun,
+    run: LessonRun,
     layout: ParallelLayout,
     name: str,
     dataset: Callable[..., Examples],
@@ -155,7 +152,8 @@ def build_parts(
     examples = together(lambda: dataset(run.data, tokenizer))
     held_out = together(lambda: dataset(run.data, tokenizer, is_eval=True)) if run.data.eval_path is not None else None
     if layout.rank == 0:
-        _say_what_was_skipped(run, {run.data.path: examples} | ({run.data.eval_path: held_out} if held_out is not None else {}))
+        for notice in [*examples.notices(), *(held_out.notices() if held_out is not None else [])]:
+            print(f"megarl: warning: {notice}", file=sys.stderr)
     run_json = run.model_dump(mode="json")
     log = together(lambda: RunLog.open(stage, run.output_dir, run.log, run.train.total_steps, headline, layout.rank == 0, run_json))
     learner, pieces = build_learner(spec, role, run.model, run, layout, source, run.train.total_steps)
@@ -168,11 +166,3 @@ def build_parts(
         checkpoints=Checkpoints(stage, run, layout, tokenizer, run.train.total_steps),
         log=log,
     )
-
-
-def _say_what_was_skipped(run: SftRun | RewardRun, files: Mapping[Path, Examples]) -> None:
-    limit = run.data.max_tokens
-    for path, examples in files.items():
-        for what, count in {"skipped": examples.num_skipped, "cut": examples.num_truncated}.items():
-            if count:
-                print(f"megarl: warning: {path}: {count} rows longer than data.max_tokens={limit} {what}", file=sys.stderr)

@@ -7,7 +7,7 @@ import torch
 from megarl.data.demonstrations import Demonstration
 from megarl.data.preferences import Preference
 from megarl.errors import RewardError, RolloutError
-from megarl.records import DemonstrationBatch, PreferenceBatch, RolloutBatch, Trajectory
+from megarl.records import DemonstrationBatch, PreferenceBatch, ResponseLists, RolloutBatch, Trajectory
 
 
 def padded_length(lengths: Sequence[int], multiple_of: int = 1) -> int:
@@ -15,10 +15,17 @@ def padded_length(lengths: Sequence[int], multiple_of: int = 1) -> int:
     return -(-max(lengths) // multiple_of) * multiple_of
 
 
-def pack(trajectories: Sequence[Trajectory], pad_id: int, length: int, sample_ids: Sequence[int], group_ids: Sequence[int]) -> RolloutBatch:
+def pack(
+    trajectories: Sequence[Trajectory],
+    pad_id: int,
+    length: int,
+    sample_ids: Sequence[int],
+    group_ids: Sequence[int],
+    policy_version: int = 0,
+) -> RolloutBatch:
     """Trajectories of one data-parallel replica as a `RolloutBatch` of B = len(trajectories) rows and T = `length` tokens.
 
-    `sample_ids` are positions in the whole rollout, `group_ids` are equal for samples of one prompt.
+    `sample_ids` are positions in the whole rollout, `group_ids` are equal for samples of one prompt; ages count back from `policy_version`.
     Raises `RolloutError` or `RewardError` for a completion without tokens, with mismatched log-probs, or with a reward that is not finite.
     """
     for trajectory in trajectories:
@@ -28,9 +35,12 @@ def pack(trajectories: Sequence[Trajectory], pad_id: int, length: int, sample_id
     starts = torch.tensor([len(t.prompt.token_ids) for t in trajectories]).unsqueeze(1)
     positions = torch.arange(length).unsqueeze(0)
     rollout_logprobs = torch.zeros(len(rows), length)
+    ages = torch.zeros_like(token_ids)
     for i, t in enumerate(trajectories):
-        start = len(t.prompt.token_ids)
-        rollout_logprobs[i, start : start + len(t.completion.token_ids)] = torch.tensor(t.completion.rollout_logprobs)
+        start, end = len(t.prompt.token_ids), len(rows[i])
+        rollout_logprobs[i, start:end] = torch.tensor(t.completion.rollout_logprobs)
+        for first, version in ((0, t.completion.policy_version), *t.completion.later_versions):
+            ages[i, start + first : end] = max(0, policy_version - version)
     return RolloutBatch(
         token_ids=token_ids,
         lengths=lengths,
@@ -40,6 +50,9 @@ def pack(trajectories: Sequence[Trajectory], pad_id: int, length: int, sample_id
         truncated=torch.tensor([t.completion.finish_reason == "length" for t in trajectories]),
         group_ids=torch.tensor(list(group_ids), dtype=torch.int64),
         sample_ids=torch.tensor(list(sample_ids), dtype=torch.int64),
+        baselines=torch.tensor([0.0 if t.greedy is None else t.greedy.reward for t in trajectories], dtype=torch.float32),
+        baseline_truncated=torch.tensor([t.greedy is not None and t.greedy.completion.finish_reason == "length" for t in trajectories]),
+        ages=ages,
     )
 
 
@@ -58,7 +71,21 @@ def collate_preferences(rows: Sequence[Preference], pad_id: int, multiple_of: in
     length = length or padded_length([n for row in rows for n in (len(row.chosen_ids), len(row.rejected_ids))], multiple_of)
     chosen_ids, chosen_lengths = pad_rows([row.chosen_ids for row in rows], pad_id, length)
     rejected_ids, rejected_lengths = pad_rows([row.rejected_ids for row in rows], pad_id, length)
-    return PreferenceBatch(chosen_ids, chosen_lengths, rejected_ids, rejected_lengths)
+    margins = torch.tensor([row.margin for row in rows], dtype=torch.float32)
+    return PreferenceBatch(chosen_ids, chosen_lengths, rejected_ids, rejected_lengths, margins)
+
+
+def collate_lists(
+    rows: Sequence[Sequence[Sequence[int]]], num_prompt_tokens: Sequence[int], pad_id: int, multiple_of: int = 1
+) -> ResponseLists:
+    """Lists of whole sequences, each beginning with its list's prompt, padded to the longest sequence (rounded up) and the longest list."""
+    length = padded_length([len(sequence) for row in rows for sequence in row], multiple_of)
+    width = max(map(len, rows))
+    token_ids, lengths = pad_rows([sequence for row in rows for sequence in [*row, *[()] * (width - len(row))]], pad_id, length)
+    positions = torch.arange(length)
+    starts = torch.tensor(num_prompt_tokens).clamp(min=1).repeat_interleave(width)  # nothing predicts the first token
+    mask = (positions >= starts[:, None]) & (positions < lengths[:, None])
+    return ResponseLists(token_ids.view(-1, width, length), lengths.view(-1, width), mask.view(-1, width, length))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from megarl.models.build import DecoderChunk
-from megarl.models.head_sharing import HeadReplica, ScoreShares, ValueShares, VocabularyShares
+from megarl.models.head_sharing import HeadReplica, ResponseShares, ScoreShares, TokenScoreShares, ValueShares, VocabularyShares
 from megarl.models.vocabulary import VocabularyShard, vocabulary_stats
 from megarl.parallel import context, device
 from megarl.parallel.token_shards import Deal, Share
-from megarl.records import TokenBatch
+from megarl.records import ResponseLists, TokenBatch
 
 device.prepare()
 
@@ -81,6 +81,13 @@ def scores_at_end(model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch)
     return context.whole_sequence(unwrapped(model).output_layer(hidden)).flatten()[ends]
 
 
+def scores_of_tokens(model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch) -> Tensor:
+    """The scalar head at every token, 0 behind the last one of a sequence, f32[B, T]."""
+    positions = torch.arange(sequences.token_ids.shape[1], device=sequences.lengths.device)
+    outputs = context.whole_sequence(unwrapped(model).output_layer(hidden)).flatten()[sequences.places()]
+    return torch.where(positions < sequences.lengths[:, None], outputs, 0.0)
+
+
 @dataclass(frozen=True)
 class LogprobHead(VocabularyShares):
     """f32[B, T] log-probabilities where `mask_field` of the rows (bool[B, T]) is True, 0 elsewhere; everywhere when it is None."""
@@ -117,6 +124,24 @@ class PolicyHead(LogprobHead):
 
 
 @dataclass(frozen=True)
+class ResponseHead(ResponseShares):
+    """f32[B] log-probabilities of whole responses, for `ResponseLists`: sums over the tokens that its `response_mask` marks."""
+
+    logits_bytes: int
+    temperature: float = 1.0
+
+    def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: ResponseLists) -> Tensor:
+        mask = rows.sequence_mask
+        return token_stats(model, hidden, sequences, self.temperature, self.logits_bytes, with_entropy=False, mask=mask)[0].sum(1)
+
+    def of_share(self, replica: HeadReplica, hidden: Tensor, share: Share) -> Tensor:
+        return self.share_stats(replica, hidden, share, with_entropy=False)[0].sum(1)
+
+    def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
+        return tuple(sequences.lengths.shape)
+
+
+@dataclass(frozen=True)
 class ValueHead(ValueShares):
     """f32[B, T] values of the scalar head. Stages that share it look only where `mask_field` of the rows (bool[B, T]) is True."""
 
@@ -139,6 +164,17 @@ class ScoreHead(ScoreShares):
 
     def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
         return tuple(sequences.lengths.shape)
+
+
+@dataclass(frozen=True)
+class TokenScoreHead(TokenScoreShares):
+    """f32[B, T] scores: the scalar head at every token."""
+
+    def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> Tensor:
+        return scores_of_tokens(model, hidden, sequences)
+
+    def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
+        return tuple(sequences.token_ids.shape)
 
 
 def unwrapped(model: torch.nn.Module) -> DecoderChunk:

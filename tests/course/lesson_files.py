@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megarl.config import RewardRun, SftRun
+from megarl.config import DpoRun, RewardRun, RrhfRun, SftRun
 from tests.unit.text_files import sentencepiece_file, write_lines
 
 SHAPE = {
@@ -31,7 +31,16 @@ def write_files(root: Path, **shape: object) -> Path:
     rows = [row for row in rows if row["chosen"] != row["rejected"]]
     write_lines(root / "train.jsonl", rows[::2])
     write_lines(root / "held_out.jsonl", rows[1::2])
+    lists = [ranked(a, b) for a, b in sums]
+    write_lines(root / "lists.jsonl", lists[::2])
+    write_lines(root / "held_out_lists.jsonl", lists[1::2])
     return root
+
+
+def ranked(a: int, b: int) -> dict:
+    """Two to four answers, the better the nearer; two of them may be equally good."""
+    guesses = [a + b, a * b + 1, a + b + 7, 3][: 2 + (a + b) % 3]
+    return {"prompt": f"{a}+{b}=", "responses": [str(guess) for guess in guesses], "scores": [-abs(guess - a - b) for guess in guesses]}
 
 
 def settings(root: Path, output: str, steps: int, **changes: object) -> dict:
@@ -55,6 +64,17 @@ def sft_run(root: Path, output: str, steps: int, **changes: object) -> SftRun:
 def reward_run(root: Path, output: str, steps: int, **changes: object) -> RewardRun:
     """A reward model; `model` says from what."""
     return RewardRun.model_validate(settings(root, output, steps, **changes))
+
+
+def dpo_run(root: Path, output: str, steps: int, **changes: object) -> DpoRun:
+    """A policy that learns pairs; `model` says from what."""
+    return DpoRun.model_validate(settings(root, output, steps, **changes))
+
+
+def rrhf_run(root: Path, output: str, steps: int, **changes: object) -> RrhfRun:
+    """A policy that learns ranked lists, of two to four responses."""
+    data = {"path": root / "lists.jsonl", "eval_path": root / "held_out_lists.jsonl", "max_tokens": 16}
+    return RrhfRun.model_validate(settings(root, output, steps, **{"data": data, "rrhf": {"max_responses": 4}} | changes))
 
 
 def read_metrics(root: Path, output: str) -> dict[int, dict[str, float]]:

@@ -91,7 +91,7 @@ def lessons(rank: int, world_size: int, parallel: dict) -> dict:
     rows = whole.rows(mine)
     demonstrations = DemonstrationBatch(rows.token_ids, rows.lengths, rows.response_mask)
     order = torch.arange(NUM_ROWS).flip(0)[mine]
-    pairs = PreferenceBatch(rows.token_ids, rows.lengths, whole.token_ids[order], whole.lengths[order])
+    pairs = PreferenceBatch(rows.token_ids, rows.lengths, whole.token_ids[order], whole.lengths[order], torch.zeros(len(rows)))
     result = {"dp_rank": layout.dp_rank}
     for name, role, batch, head, loss, denominator in (
         ("sft", "actor", demonstrations, LogprobHead(run.parallel.logits_bytes, mask_field="loss_mask"), imitation_loss, 40.0),

@@ -143,7 +143,7 @@ def preferences(rank: int, world_size: int) -> dict:
     layout = groups.initialize(run.parallel, seed=0)
     source = DictSource(weights(SPEC, "critic", 4))
     batch = make_experience()
-    pairs = PreferenceBatch(batch.token_ids[:5], batch.lengths[:5], batch.token_ids[5:], batch.lengths[5:])
+    pairs = PreferenceBatch(batch.token_ids[:5], batch.lengths[:5], batch.token_ids[5:], batch.lengths[5:], torch.zeros(5))
     scores = RewardModel(SPEC, run, layout, source).scores(pairs)
     expected = RewardModel(SPEC, run, layout, source).scores(batch)
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)

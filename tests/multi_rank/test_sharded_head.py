@@ -70,7 +70,7 @@ def lessons(case: Case) -> dict:
     spec = spec_from_hf_config(hf_config(**case.model))
     batch = make_experience()
     half = NUM_ROWS // 2
-    pairs = PreferenceBatch(batch.token_ids[:half], batch.lengths[:half], batch.token_ids[half:], batch.lengths[half:])
+    pairs = PreferenceBatch(batch.token_ids[:half], batch.lengths[:half], batch.token_ids[half:], batch.lengths[half:], torch.zeros(half))
     demonstrations = DemonstrationBatch(batch.token_ids, batch.lengths, batch.response_mask)
     result = {}
     for name, role, head, examples, loss, denominator in (

@@ -97,7 +97,7 @@ def test_context_ranks_look_at_what_they_hold_of_a_share(num_rows, chunk, num_ra
 def test_pairs_stay_together():
     ids = torch.arange(1, 31).view(6, 5)
     lengths = torch.tensor([5, 2, 3, 4, 1, 5])
-    pairs = PreferenceBatch(ids[:3], lengths[:3], ids[3:], lengths[3:])
+    pairs = PreferenceBatch(ids[:3], lengths[:3], ids[3:], lengths[3:], torch.zeros(3))
     shares = ScoreHead().deal(pairs, pairs.sequences(), holders(5, 6), 2, turn=0)
     assert sorted(torch.cat([share.targets for share in shares]).tolist()) == list(range(6))
     for share in shares:

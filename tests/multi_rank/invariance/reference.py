@@ -74,9 +74,12 @@ def make_given() -> Given:
         truncated=torch.arange(NUM_ROWS) == 4,
         group_ids=torch.arange(NUM_ROWS),
         sample_ids=torch.arange(NUM_ROWS),
+        baselines=torch.zeros(NUM_ROWS),
+        baseline_truncated=torch.zeros(NUM_ROWS, dtype=torch.bool),
+        ages=torch.zeros_like(tokens),
     )
     rejected = torch.arange(NUM_ROWS).roll(3)
-    return Given(rollout, drift, PreferenceBatch(tokens, lengths, tokens[rejected], lengths[rejected]))
+    return Given(rollout, drift, PreferenceBatch(tokens, lengths, tokens[rejected], lengths[rejected], torch.zeros(NUM_ROWS)))
 
 
 def make_run(layout: Layout) -> PpoRun:
