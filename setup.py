@@ -32,6 +32,7 @@ setup(
         "ray": ["ray[default]>=2.52"],
         "wandb": ["wandb>=0.19"],
         "math": requirements("math"),
+        "data": requirements("data"),
         "dev": requirements("dev"),
     },
     entry_points={"console_scripts": ["megarl = megarl.cli:main"]},

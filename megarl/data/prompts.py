@@ -36,6 +36,10 @@ class PromptSet(ExampleSet[Prompt]):
         share = equal_share(count, layout, "rollout.prompts_per_step")
         return [self.prompts[i] for i in self.mixture.rows_at(position, count, seed, self.order)[share]]
 
+    def find(self, prompt_id: int) -> Prompt | None:
+        """The prompt of that number; None where there is none."""
+        return self.prompts[prompt_id] if 0 <= prompt_id < len(self.prompts) else None
+
     def first(self, count: int, layout: ParallelLayout) -> list[Prompt]:
         """This data rank's part of the first `count` prompts in file order (fewer where the file is shorter), for evaluation."""
         prompts = self.prompts[:count]

@@ -144,7 +144,7 @@ def _start(path: Path) -> bytes:
     try:
         with _open(path) as file:
             return file.read(BLOCK)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({_reason(error)}); expected a file of rows") from error
 
 
