@@ -3,12 +3,13 @@
 #
 # Alone it runs on one node. Inside a Slurm step with several nodes (srun, one task a node) it takes nodes, node rank and rendezvous
 # from Slurm, so the same line is what every node runs. The arguments are those of the command `megarl`.
+# `launch/attempts.sh` starts this again after failures, and lets the ranks stop when they are asked to.
 #
 # Settings (environment):
 #   NPROC           ranks a node                     [GPUs of this node, or 1 without a GPU]
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT         several nodes without Slurm: set all four on every node
 #   MEGARL_MODULE   Python module to run             [megarl]
-# `launch/attempts.sh` starts this again after failures, and lets the ranks stop when they are asked to.
+#   MEGARL_PREFLIGHT  look at all nodes before models are loaded: on, off or auto [auto: with several nodes]
 #   MEGARL_WATCH    on a hang: kill, warn or off     [kill]; a phase hangs when it takes MEGARL_HANG_FACTOR [5] times as long as ever
 #                   before and MEGARL_HANG_FLOOR [120] seconds at least; MEGARL_HANG_FIRST [1800] seconds when it never ended before
 set -euo pipefail

@@ -160,9 +160,13 @@ def _start(inspection: Inspection) -> ParallelLayout:
             outcome.make_current(inspection.run.output_dir, outcome.ALONE)
         for notice in inspection.notices:
             print(f"megarl: warning: {notice}", file=sys.stderr)
+    from megarl.operations import preflight
     from megarl.parallel import groups
 
-    return groups.initialize(inspection.run.parallel, inspection.run.seed)
+    layout = groups.initialize(inspection.run.parallel, inspection.run.seed)
+    if preflight.is_wanted():
+        preflight.preflight(inspection.run.output_dir)
+    return layout
 
 
 def _finish_together(layout: ParallelLayout) -> None:

@@ -29,7 +29,7 @@ class Started:
     process: subprocess.Popen
     run: Path
     said: list[str] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)  # of each line
+    wall_times: list[float] = field(default_factory=list)  # of each line
 
     def text(self) -> str:
         return "".join(self.said)
@@ -48,17 +48,13 @@ class Started:
 
     def records(self) -> dict[int, dict]:
         """Heartbeats of the ranks, from the folder the launcher made for them."""
-        environment = Path(f"/proc/{self.process.pid}/environ")
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for child in children:
-            command = Path(f"/proc/{child}/cmdline")
+        for pid in _descendants(self.process.pid):
             with contextlib.suppress(OSError):
-                words = command.read_text().split("\0")
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
                 if "megarl.operations.watchdog" in words:
                     folder = Path(words[words.index("--folder") + 1])
                     found = [heartbeat.read(path) for path in folder.glob("rank-*.json")]
                     return {record["rank"]: record for record in found if record}
-        assert environment.exists(), self.text()
         return {}
 
     def steps(self) -> int:
@@ -66,13 +62,25 @@ class Started:
         path = self.run / "metrics.jsonl"
         return max([json.loads(line)["step"] for line in path.read_bytes().split(b"\n")[:-1]], default=0) if path.exists() else 0
 
+    def metrics(self) -> list[dict]:
+        """Every whole line of the metrics file."""
+        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+
     def events(self, kind: str) -> list[dict]:
         return [event for event in read_events(self.run) if event["event"] == kind]
 
 
+def _descendants(pid: int) -> list[int]:
+    try:
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [*children, *(below for child in children for below in _descendants(child))]
+
+
 @contextlib.contextmanager
-def started(stage: str, config: Path, run: Path, ranks: int = 2, timeout_s: float = 200, **environment: str) -> Iterator[Started]:
-    """The run under way; whatever is left of it is gone afterwards, its children too."""
+def started(stage: str, config: Path, run: Path, ranks: int = 2, script: str = "torchrun", **environment: str) -> Iterator[Started]:
+    """The run under way, by `launch/torchrun.sh` or another script; whatever is left of it is gone afterwards, its ranks too."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEGARL_", "SLURM_", "NPROC", "NNODES", "RANK"))}
     basic = {
         "MEGARL_VENV": "none",
@@ -82,7 +90,7 @@ def started(stage: str, config: Path, run: Path, ranks: int = 2, timeout_s: floa
         "CUDA_VISIBLE_DEVICES": "",
         "MEGARL_HOST_GPUS": "0",
     }
-    command = ["bash", str(ROOT / "launch/torchrun.sh"), stage, str(config)]
+    command = ["bash", str(ROOT / f"launch/{script}.sh"), stage, str(config)]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -97,17 +105,17 @@ def started(stage: str, config: Path, run: Path, ranks: int = 2, timeout_s: floa
     def listen() -> None:
         for line in process.stdout:
             state.said.append(line)
-            state.times.append(time.monotonic())
+            state.wall_times.append(time.time())
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
         yield state
     finally:
-        pids = [record["pid"] for record in state.records().values()] if process.poll() is None else []
+        left = _descendants(process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        for pid in pids:
+        for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -120,8 +128,8 @@ def write_config(path: Path, settings: dict) -> Path:
     return path
 
 
-def last_hashes(run: Path) -> dict[str, str]:
+def last_hashes(run: Path) -> dict[str, Any]:
     """Hash by file of the newest checkpoint: every byte of weights, optimizer and random states."""
     newest = max((run / "checkpoints").glob("step-*"))
     manifest = json.loads((newest / "manifest.json").read_text())
-    return {"step": newest.name} | {path: entry["sha256"] for path, entry in manifest["files"].items()}
+    return {"step": newest.name, "state": manifest["state"], "models": manifest["models"]} | manifest["files"]

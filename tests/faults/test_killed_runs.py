@@ -1,0 +1,144 @@
+"""R1: a rank that is killed in any phase costs seconds: the attempt loop starts again, and every byte of the end is that of a run in peace.
+
+The fault strikes once (`MEGARL_FAULT_ONCE`); `launch/attempts.sh` does the rest, as for a user.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.course.lesson_files import settings, write_files
+from tests.faults.started import QUICK, Started, last_hashes, started, write_config
+
+STEPS, EVERY = 8, 2
+DETECT_S, AGAIN_S = 5.0, 30.0  # the goals on a machine of this run's own
+
+
+def struck(phase: str, rank: int, iteration: int, action: str, marker: Path) -> dict[str, str]:
+    """The environment of a fault that strikes once."""
+    return {"MEGARL_FAULT": f"{phase}:{rank}:{iteration}:{action}", "MEGARL_ALLOW_FAULTS": "1", "MEGARL_FAULT_ONCE": str(marker)}
+
+
+class Lessons:
+    """The same short lesson as often as needed, once in peace."""
+
+    def __init__(self, root: Path, ranks: int):
+        self.root, self.ranks = write_files(root), ranks
+        config, run = self.config("peace")
+        with started("sft", config, run, ranks, script="attempts", **QUICK) as peace:
+            assert peace.wait() == 0, peace.text()
+        self.hashes = last_hashes(run)
+        self.peaceful = run
+
+    def config(self, name: str) -> tuple[Path, Path]:
+        keys = settings(self.root, name, STEPS, checkpoint={"every_steps": EVERY})
+        return write_config(self.root / f"{name}.yaml", keys), self.root / name
+
+
+def seconds_until(run: Started, marker: Path) -> tuple[float, float]:
+    """(from the fault to the attempt's end, from the fault to the first step after it)."""
+    at = marker.stat().st_mtime
+    failed = next((when for when, line in zip(run.wall_times, run.said) if "failed (exit code" in line), None)
+    again = next((event["time"] for event in run.events("step") if event["time"] > at + 0.5), None)
+    assert failed is not None and again is not None, run.text()
+    return failed - at, again - at
+
+
+def check(lessons: Lessons, phase: str, rank: int, iteration: int, action: str = "kill") -> None:
+    name = f"{phase}-{rank}-{action}"
+    config, output = lessons.config(name)
+    marker = lessons.root / f"{name}.struck"
+    if phase == "load":
+        shutil.copytree(lessons.peaceful / "checkpoints", output / "checkpoints", ignore=lambda _, names: [n for n in names if "8" in n])
+        shutil.copy(lessons.peaceful / "metrics.jsonl", output)
+    with started("sft", config, output, lessons.ranks, script="attempts", **QUICK | struck(phase, rank, iteration, action, marker)) as run:
+        code = run.wait(150)
+        print(run.text())
+        assert code == 0 and marker.exists(), run.text()
+        detected, again = seconds_until(run, marker)
+    assert last_hashes(output) == lessons.hashes
+    steps = [line["step"] for line in run.metrics()]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+    print(
+        f"R1: {action} of rank {rank} of {lessons.ranks} in {phase}: over after {detected:.1f} s, training after {again:.1f} s"
+    )
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory) -> Lessons:
+    return Lessons(tmp_path_factory.mktemp("lessons"), 2)
+
+
+def test_a_stopped_rank_is_found_and_the_run_ends_as_in_peace(lessons):
+    began = time.monotonic()
+    check(lessons, "learn", 1, 5, "stop")
+    (hang,) = (event for event in _events(lessons.root / "learn-1-stop") if event["event"] == "hang")
+    assert (hang["rank"], hang["phase"], hang["step"]) == (1, "learn", 5) and hang["seconds"] < hang["limit"] + 5
+    assert "stopped by a signal" in hang["why"] and time.monotonic() - began < 150
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("phase", "iteration"), [("setup", 0), ("load", 0), ("learn", 5), ("save", 4), ("evaluate", 4)])
+def test_killed_in_any_phase_of_a_lesson(lessons, phase, iteration, rank):
+    check(lessons, phase, rank, iteration)
+
+
+def _events(run: Path) -> list[dict]:
+    from megarl.operations.events import read_events
+
+    return read_events(run)
+
+
+# ---------------------------------------------------------------- PPO, with vLLM
+PPO_STEPS = 3
+
+
+class Courses(Lessons):
+    """PPO on the quickstart's prompts, once in peace."""
+
+    def __init__(self, root: Path, ranks: int):
+        from megarl.quickstart.make_data import make_data
+
+        make_data(root / "data", seed=0)
+        self.root, self.ranks = root, ranks
+        config, run = self.config("peace")
+        with started("ppo", config, run, ranks, script="attempts", **QUICK) as peace:
+            assert peace.wait(300) == 0, peace.text()
+        self.hashes, self.peaceful = last_hashes(run), run
+
+    def config(self, name: str) -> tuple[Path, Path]:
+        from tests.course.test_ppo import ppo_run
+
+        keys = ppo_run(
+            self.root,
+            name,
+            ppo={"total_steps": PPO_STEPS, "minibatch_size": 16, "kl": {"coef": 0.01}},
+            eval=None,
+            checkpoint={"every_steps": 1},
+        ).model_dump(mode="json")
+        return write_config(self.root / f"{name}.yaml", keys), self.root / name
+
+
+@pytest.fixture(scope="module")
+def courses(tmp_path_factory) -> Courses:
+    return Courses(tmp_path_factory.mktemp("courses"), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", ["publish", "generate", "score", "learn"])
+def test_killed_in_any_phase_of_ppo(courses, phase, rank):
+    name = f"{phase}-{rank}"
+    config, output = courses.config(name)
+    marker = courses.root / f"{name}.struck"
+    with started("ppo", config, output, 2, script="attempts", **QUICK | struck(phase, rank, 2, "kill", marker)) as run:
+        assert run.wait(400) == 0 and marker.exists(), run.text()
+        detected, again = seconds_until(run, marker)
+    assert last_hashes(output) == courses.hashes
+    assert [line["step"] for line in run.metrics()] == list(range(1, PPO_STEPS + 1))
+    print(f"R1: kill of rank {rank} of 2 in {phase} of PPO: attempt over after {detected:.1f} s, training again after {again:.1f} s")
