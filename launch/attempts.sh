@@ -13,10 +13,11 @@
 #   NPROC                 ranks a node                                                     [GPUs of a node, or 1]
 #   MEGARL_MAX_FRUITLESS  attempts in a row without a new checkpoint that stop it for good [3]
 #   MEGARL_LEAD_S         seconds before the time limit at which the ranks are stopped: a step, a checkpoint and a minute  [900]
-#   MEGARL_CONTAINER      image the ranks run in: FILE.sif starts Apptainer, anything else is srun's --container-image (Pyxis)
+#   MEGARL_CONTAINER      image everything runs in: launch/container.sh
 #   MEGARL_SRUN           further options of srun
 set -euo pipefail
 
+. "$(dirname "${BASH_SOURCE[0]}")/container.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh" || exit $?
 
 JOB=${SLURM_JOB_ID:-}
@@ -26,7 +27,7 @@ NODES_WAIT_S=${MEGARL_NODES_WAIT_S:-900} # for nodes that do not answer: Slurm g
 START=${JOB:-$(date +%s)-$$}-${SLURM_RESTART_COUNT:-0}
 
 say() { echo "megarl: $*" >&2; }
-ask() { "$MEGARL_PYTHON" -m megarl.operations.attempts "$@"; }
+ask() { in_container "$MEGARL_PYTHON" -m megarl.operations.attempts "$@"; }
 
 if [[ $# -lt 2 ]]; then
     say "nothing to run; usage: bash launch/attempts.sh ppo|sft|reward CONFIG [a.b=c ...]"
@@ -36,12 +37,6 @@ RUN=$(ask locate "$@") || exit $?
 export MEGARL_RUN=$RUN MEGARL_DRAIN=$RUN/drain
 
 # ---------------------------------------------------------------- where the ranks run
-container=() in_container=()
-case ${MEGARL_CONTAINER:-} in
-"") ;;
-*.sif) in_container=(apptainer exec --nv --bind "$PWD" "$MEGARL_CONTAINER") ;;
-*) container=(--container-image="$MEGARL_CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD") ;;
-esac
 on_nodes() { # SRUN OPTIONS... -- COMMAND...
     local options=()
     while [[ $1 != -- ]]; do options+=("$1") && shift; done
@@ -103,8 +98,8 @@ attempt() { # NUMBER KIND CONFIG ...: the exit code of the ranks
     (
         trap '' USR1 TERM INT # the ranks hear of it through the file; a second Ctrl-C ends them
         [[ -z $JOB ]] || export MASTER_PORT=$port
-        on_nodes --kill-on-bad-exit=1 --wait=60 ${container[@]+"${container[@]}"} -- \
-            ${in_container[@]+"${in_container[@]}"} bash launch/torchrun.sh "$@"
+        on_nodes --kill-on-bad-exit=1 --wait=60 ${CONTAINER_SRUN[@]+"${CONTAINER_SRUN[@]}"} -- \
+            ${CONTAINER_PREFIX[@]+"${CONTAINER_PREFIX[@]}"} bash "$MEGARL_ROOT/launch/torchrun.sh" "$@"
     ) &
     ranks=$!
     local code=0

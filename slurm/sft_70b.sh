@@ -1,39 +1,39 @@
 #!/usr/bin/env bash
 # Supervised fine-tuning of a 70B model on 16 nodes x 8 GPUs: the actor's start.
 #
-#   mkdir -p runs && sbatch slurm/sft_70b.sh [a.b=c ...]
+#   megarl submit slurm/sft_70b.sh [options of sbatch] [a.b=c ...]        or: mkdir -p runs && sbatch slurm/sft_70b.sh [a.b=c ...]
 #
-# After a node failure Slurm requeues the job, and the run continues from the newest complete checkpoint in its output_dir
-# (configs/sft_70b.yaml: checkpoint.every_steps). Reaching the time limit ends the job: submit it again to continue.
+# Before the time limit, and when Slurm wants the nodes back, the ranks finish their step, publish a checkpoint, and the job goes back into
+# the queue; after a failure they start again inside the job, after a lost node Slurm starts the job again: docs/slurm.md.
 #
-# Site knobs: adapt these lines to your cluster (options of sbatch on the command line win over them).
+# ---- Your site: adapt these lines (options on the command line win over them) ----
 #SBATCH --job-name=megarl-sft_70b
+##SBATCH --partition=...
+##SBATCH --account=...
+#SBATCH --time=1-00:00:00
 #SBATCH --nodes=16
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
-#SBATCH --time=1-00:00:00
 #SBATCH --exclusive
-##SBATCH --partition=...
-##SBATCH --account=...
-# The run's log; the directory must exist before sbatch, or Slurm drops the job without a word.
 #SBATCH --output=runs/%x-%j.log
-#SBATCH --open-mode=append
-#SBATCH --requeue
-# One launcher a node; it starts one rank a GPU.
+# Seconds before the end at which the ranks are told: a step and a checkpoint, and a minute. Twice the same number.
+#SBATCH --signal=B:USR1@600
 #SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+export MEGARL_LEAD_S=${MEGARL_LEAD_S:-600}
+export NPROC=${NPROC:-8}                           # ranks a node, one a GPU
+export MEGARL_CONTAINER=${MEGARL_CONTAINER:-}      # an image instead of the environment in .venv: FILE.sif (Apptainer) or what Pyxis takes
+INTERFACE=${INTERFACE:-}                           # the link between nodes where there are several, as in ib0
+# ---- The rest is the same on every cluster ----
 set -euo pipefail
 
-cd "${SLURM_SUBMIT_DIR:-.}"
-[[ -f launch/torchrun.sh ]] || { echo "megarl: submit from the repository's root (launch/torchrun.sh is not in $PWD)" >&2; exit 2; }
-
+STAGE=sft
 CONFIG=${CONFIG:-configs/sft_70b.yaml}
-export NPROC=${NPROC:-8}
-# Several network links: name the one between nodes, e.g. export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
-# srun does not take --cpus-per-task over from sbatch.
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64}
 
-# One node makes the environment on the shared file system, before all of them look for it.
-srun --nodes=1 --ntasks=1 bash launch/install.sh
+cd "${SLURM_SUBMIT_DIR:-.}"
+[[ -f launch/attempts.sh ]] || { echo "megarl: submit from the repository's root (launch/attempts.sh is not in $PWD)" >&2; exit 2; }
+[[ -z $INTERFACE ]] || export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch
 
-# A rank that fails ends the step on all nodes, instead of leaving the others to wait for it.
-exec srun --kill-on-bad-exit=1 --wait=60 bash launch/torchrun.sh sft "$CONFIG" "$@"
+exec bash launch/attempts.sh "$STAGE" "$CONFIG" "$@"

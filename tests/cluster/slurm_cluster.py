@@ -324,7 +324,8 @@ def main() -> int:
     )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--nodes", type=int, default=2)
-    parsed, words = parser.parse_known_args()
+    own = len(sys.argv) if sys.argv[1:2] == ["start"] else 3  # the rest belongs to the command that is run
+    parsed, words = parser.parse_args(sys.argv[1:own]), sys.argv[own:]
     cluster = Cluster(parsed.directory.resolve(), parsed.nodes)
     if parsed.command == "start":
         if reason := why_not():

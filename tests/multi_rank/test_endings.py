@@ -34,7 +34,7 @@ def test_a_mistake_in_the_data_is_said_once(tmp_path):
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write('{"prompt": "no response"}\n')
     ended = torchrun("megarl", "sft", str(path))
-    assert ended.returncode == 2, ended.stderr
+    assert ended.returncode == 65, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if "megarl: error" in line]
     assert len(lines) == 1 and "prompts.jsonl" in lines[0] and "41" in lines[0], ended.stderr
     assert "Traceback" not in ended.stderr

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (expected lines stand as they are printed)
-"""A corpus of wrong configurations: each gives exactly these lines, all at once, exit code 2, no traceback, and nothing is started."""
+"""A corpus of wrong configurations: each gives exactly these lines, all at once, exit code 78, no traceback, and nothing is started."""
 
 import json
 import sys
@@ -447,7 +447,7 @@ def test_a_wrong_configuration_is_refused(tmp_path, monkeypatch, capsys, case):
     output = capsys.readouterr()
     lines = [line.replace(str(tmp_path), "ROOT") for line in output.err.splitlines()]
     assert lines == [f"megarl: error: {line}" for line in case.expected]
-    assert code == 2
+    assert code == 78
     assert output.out == ""
     assert not {name for name in set(sys.modules) - loaded if name.split(".")[0] in ("torch", "megatron", "vllm")}
 

@@ -1,0 +1,153 @@
+"""`megarl submit`: sbatch, with the mistakes found before the queue instead of after it.
+
+It checks the run, makes its folder and that of its logs, writes down the resolved configuration and the commit, and lets the job run that
+configuration: what is edited while the job waits does not change it. The job's script stays an ordinary one, which sbatch takes as well.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarl.check import inspect
+from megarl.config_file import to_yaml
+from megarl.errors import ConfigError, SetupError
+from megarl.run_folder import versions
+
+SUMMARY = "check a run, freeze its configuration and submit its Slurm script"
+SCRIPTS = Path("slurm")
+_STAGE = re.compile(r"^STAGE=(\w+)$", re.MULTILINE)
+_CONFIG = re.compile(r"^CONFIG=\$\{CONFIG:-(\S+)\}$", re.MULTILINE)
+_NAME = re.compile(r"^#SBATCH --job-name=(\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for. `stage` and `config` are empty where the script is not one that trains."""
+
+    script: Path
+    stage: str
+    config: Path | None
+    options: tuple[str, ...]  # of sbatch
+    overrides: tuple[str, ...]  # a.b=c, or the arguments of a script without a stage
+
+
+def add_submit(command: argparse.ArgumentParser) -> None:
+    """The arguments of `megarl submit`."""
+    command.usage = "megarl submit SCRIPT|CONFIG [--config=FILE] [options of sbatch] [a.b=c ...]"
+    command.add_argument("target", metavar="SCRIPT|CONFIG", help="a script of slurm/, or the CONFIG.yaml of the script with its name")
+    command.add_argument("--config", type=Path, metavar="FILE", help="a run for SCRIPT other than its own")
+    command.add_argument("words", nargs=argparse.REMAINDER, help="options of sbatch as in --time=1:00:00, and a.b=c as for megarl ppo")
+
+
+def run_submit(parsed: argparse.Namespace) -> int:
+    """Submit it, and say where it runs."""
+    request = read_request(parsed.target, parsed.config, parsed.words)
+    is_parsable = "--parsable" in request.options
+    environment, output = dict(os.environ), Path("runs")
+    if request.stage:
+        frozen, output = freeze(request)
+        environment["CONFIG"] = str(frozen)
+    logs = output / "logs"
+    _make(logs)
+    job = sbatch(request, logs, environment)
+    if is_parsable:
+        print(job)
+        return 0
+    name = (_NAME.findall(request.script.read_text()) or [request.script.stem])[0]
+    print(
+        f"job {job}: {request.script}" + (f" with {request.config}, checked and frozen in {environment['CONFIG']}" if request.stage else "")
+    )
+    print(f"  follow it                     tail -F {logs / f'{name}-{job}.log'}")
+    print(f"  its place in the queue        squeue -j {job}")
+    if request.stage:
+        print(f"  how it ended                  cat {output / 'outcome.json'}")
+        print(f"  checkpoint and requeue now    scancel --batch --signal=USR1 {job}")
+    print(f"  end it                        scancel {job}")
+    return 0
+
+
+def read_request(target: str, config: Path | None, words: Sequence[str]) -> Request:
+    """The request. Raises `ConfigError` for a script that is none, or a configuration without a script of its name."""
+    path = Path(target)
+    if path.suffix in (".yaml", ".yml"):
+        if config is not None:
+            raise ConfigError(f"found the configurations {path} and {config}; expected one of them, and a script with --config")
+        path, config = SCRIPTS / f"{path.stem}.sh", path
+        if not path.exists():
+            raise ConfigError(f"there is no {path} for {config}: name a script, as in megarl submit slurm/ppo_70b.sh --config={config}")
+    if not path.is_file():
+        raise ConfigError(f"there is no script {path}; expected one such as slurm/ppo_70b.sh, from the repository's root")
+    options, rest, text = [], [], path.read_text(encoding="utf-8")
+    for word in words:
+        is_value = bool(options) and not rest and re.fullmatch(r"-\w|--[\w-]+", options[-1]) is not None and "=" not in word
+        is_value = is_value and options[-1] not in ("--parsable", "--exclusive", "--requeue", "--no-requeue", "--test-only", "--hold")
+        (options if word.startswith("-") or is_value else rest).append(word)
+    named = [word.partition("=")[2] for word in options if word.startswith("--config=")]
+    options = [word for word in options if not word.startswith("--config=")]
+    stages, configs = _STAGE.findall(text), _CONFIG.findall(text)
+    if not stages:
+        return Request(path, "", None, tuple(options), tuple(rest))
+    chosen = config or next((Path(name) for name in (*named, os.environ.get("CONFIG", ""), *configs) if name), None)
+    if chosen is None:
+        raise ConfigError(f"{path} names no configuration (CONFIG=${{CONFIG:-FILE}}): pass one with --config=FILE")
+    return Request(path, stages[0], chosen, tuple(options), tuple(rest))
+
+
+def freeze(request: Request) -> tuple[Path, Path]:
+    """Check the run and write it down below its folder; returns the frozen file and the folder.
+
+    Raises `ConfigError` with everything wrong.
+    """
+    inspection = inspect(request.stage, request.config, request.overrides)
+    for notice in inspection.notices:
+        print(f"megarl: warning: {notice}", file=sys.stderr)
+    output = Path(inspection.run.output_dir)
+    folder = output / "submitted" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    _make(folder)
+    said = {"commit": commit(), "command": sys.argv, "script": str(request.script), "config": str(request.config), "versions": versions()}
+    (folder / "config.yaml").write_text(to_yaml(inspection.run), encoding="utf-8")
+    (folder / "submitted.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    (folder / request.script.name).write_text(request.script.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder / "config.yaml", output
+
+
+def commit() -> str:
+    """The commit of the repository here, `+changes` where files differ from it; `unknown` outside of one."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if changed.strip() else "")
+
+
+def sbatch(request: Request, logs: Path, environment: dict[str, str]) -> str:
+    """Hand the script to Slurm; the job's number. Raises `SetupError` with what sbatch says."""
+    log = [] if any(word.startswith(("--output", "-o")) for word in request.options) else [f"--output={logs}/%x-%j.log"]
+    arguments = () if request.stage else request.overrides  # the frozen configuration holds them
+    options = [word for word in request.options if word != "--parsable"]
+    command = ["sbatch", "--parsable", *log, *options, str(request.script), *arguments]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise SetupError("there is no sbatch here: submit from a node that has Slurm's commands") from None
+    if done.returncode != 0:
+        raise SetupError(f"{shlex.join(command)}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"{folder} cannot be made: {error.strerror}; expected a directory of yours") from None
