@@ -24,7 +24,7 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
     parts.log.start(state.step)
     baseline = parts.evaluator.at_start(state)
     parts.log.write(state.step, baseline.metrics, baseline.samples)
-    while state.step < run.ppo.total_steps:
+    while state.step < run.ppo.total_steps and not parts.checkpoints.is_draining:
         metrics = StepMetrics()
         # act: sample responses from the current policy
         prompts = parts.prompts.from_position(state.prompts_consumed, run.rollout.prompts_per_step, run.seed, layout)
