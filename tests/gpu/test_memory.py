@@ -1,4 +1,4 @@
-"""Between phases the GPU holds what `parallel.memory.RESIDENT` says, by the bytes of torch's allocator, and training does not notice."""
+"""Between phases the GPU holds what `parallel.phases.RESIDENT` says, by the bytes of torch's allocator, and training does not notice."""
 
 import pytest
 
@@ -46,7 +46,8 @@ def steps(layout, sizes: dict, offload: str) -> tuple[list, dict]:
 
     from megarl.models.family import spec_from_hf_config
     from megarl.parallel import device
-    from megarl.parallel.memory import FROZEN, Phases
+    from megarl.parallel.memory import Phases
+    from megarl.parallel.phases import FROZEN
     from megarl.ppo.roles import Actor, Critic, Reference
     from tests.multi_rank.role_cases import NUM_ROWS, Case, DictSource, hf_config, make_experience, make_run, weights
 

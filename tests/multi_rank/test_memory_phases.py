@@ -5,7 +5,8 @@ import torch
 
 from megarl.models.family import spec_from_hf_config
 from megarl.parallel import groups
-from megarl.parallel.memory import FROZEN, Phases
+from megarl.parallel.memory import Phases
+from megarl.parallel.phases import FROZEN
 from megarl.ppo.roles import Actor, Critic, Reference, RewardModel
 from tests.multi_rank.role_cases import NUM_ROWS, Case, DictSource, hf_config, make_experience, make_run, weights
 from tests.ranks import run_all

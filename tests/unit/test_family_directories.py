@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megarl.check import inspect, memory_of
+from megarl.check import inspect
 from megarl.checkpoint.hf_import import import_hf
 from megarl.checkpoint.sources import open_weights
 from megarl.errors import WeightMapError
+from megarl.planner.devices import GPUS, Assumptions
+from megarl.planner.memory import plan_memory
 from tests.tiny_hf import KINDS, MIXTURES, save_tiny, tiny_config
 from tests.unit.tiny_run import write_run
 
@@ -88,5 +90,5 @@ def test_check_accepts_every_family(tmp_path, kind):
     overrides = ["parallel.sequence=true", "parallel.expert=2"] if kind in MIXTURES else []
     inspection = inspect("ppo", path, overrides)
     spec = inspection.specs["actor"]
-    memory = memory_of(inspection.run, spec, "actor", 1, is_trained=True)
-    assert spec.family == tiny_config(kind).model_type and memory.parameters == spec.num_parameters("actor")
+    (model, *_) = plan_memory(inspection.run, inspection.specs, inspection.layout, GPUS["h100-80gb"], Assumptions()).models
+    assert spec.family == tiny_config(kind).model_type and model.spec == spec and min(owned.weights for owned in model.owned) > 0

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megarl.parallel.memory import FROZEN, RESIDENT, Movable, Phases
+from megarl.parallel.memory import Movable, Phases
+from megarl.parallel.phases import FROZEN, RESIDENT
 
 
 def movable_of(tensor: torch.Tensor, contents: str = "changing") -> Movable:

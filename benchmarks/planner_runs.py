@@ -1,0 +1,226 @@
+"""Real training steps on this host's ranks, with the bytes they allocate and send: what `benchmarks.planner` compares plans with."""
+
+import ctypes
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megarl.config import PpoRun
+from megarl.models.family import spec_from_hf_config
+from megarl.models.random_weights import RandomSource
+from megarl.models.spec import ModelSpec
+from megarl.parallel import groups, wires
+from megarl.parallel.memory import Phases
+from megarl.parallel.phases import FROZEN
+from megarl.ppo.roles import Actor, Critic, Reference
+from megarl.records import Experience
+
+RANKS = 2
+PROMPT, RESPONSE = 32, 96
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "max_position_embeddings": 256}
+MIXTURE = LLAMA | {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "medium": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8},
+    "large": {"vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a size, a layout of two ranks, what leaves memory between phases."""
+
+    size: str
+    parallel: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    offload: str = "none"
+    is_mixture: bool = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        sizes = SIZES[self.size] | {"num_key_value_heads": SIZES[self.size]["num_attention_heads"] // 2}
+        if self.is_mixture:
+            sizes |= {"moe_intermediate_size": sizes["intermediate_size"] // 4, "head_dim": 64}
+        return spec_from_hf_config((MIXTURE if self.is_mixture else LLAMA) | sizes)
+
+    @property
+    def run(self) -> PpoRun:
+        model = {"path": "model"}
+        return PpoRun.model_validate(
+            {
+                "output_dir": "out",
+                "tokenizer": "tokenizer",
+                "precision": self.precision,
+                "parallel": {"microbatch_size": 4} | self.parallel,
+                "actor": model,
+                "critic": model,
+                "rewards": [{"kind": "exact"}],
+                "data": {"path": "prompts.jsonl", "max_prompt_tokens": PROMPT},
+                "rollout": {"prompts_per_step": 32, "max_response_tokens": RESPONSE},
+                "ppo": {"total_steps": 10, "minibatch_size": 16},
+                "memory": {"offload": self.offload},
+                "checkpoint": {"background": "off"},
+            }
+        )
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in self.parallel.items()] or ["data"]
+        words += [self.precision] if self.precision != "fp32" else []
+        words += [f"offload={self.offload}"] if self.offload != "none" else []
+        return " ".join([*(["mixture"] if self.is_mixture else []), *words])
+
+
+class Sleeper:
+    """No sampler: what is measured is the trainer's."""
+
+    policy_version = 0
+
+    def wake(self, part: str) -> None:
+        pass
+
+    def sleep(self) -> None:
+        pass
+
+
+def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
+    """One step's scoring and learning, the second after one to warm up.
+
+    Returns the bytes of `Phases.resident_bytes` in each phase, the most that the process allocated in scoring and learning beyond what it
+    had before the models, and the bytes that this rank sent by kind.
+    """
+    run, spec = case.run, case.spec
+    layout = groups.initialize(run.parallel, seed=0)
+    before = bytes_in_use()
+    phases = Phases(Sleeper(), case.offload)
+    actor = Actor(spec, run, layout, RandomSource(spec.table("actor"), 0))
+    phases.admit("actor", actor.movables)
+    reference = Reference(spec, run, layout, RandomSource(spec.table("actor"), 0))
+    phases.admit(FROZEN, reference.movables)
+    critic = Critic(spec, run, layout, RandomSource(spec.table("critic"), 1))
+    phases.admit("critic", critic.movables)
+    rows = run.ppo.minibatch_size // layout.data
+    batch = experience(spec.vocab_size, rows)
+    found: dict[str, Any] = {"resident": {}, "peak": {}}
+    for _ in range(2):
+        with phases.scoring():
+            found["resident"]["scoring"] = sum(phases.resident_bytes().values())
+            with PeakMemory(before) as memory:
+                actor.logprobs(batch), reference.logprobs(batch), critic.values(batch)
+            found["peak"]["scoring"] = memory.peak
+        with phases.learning():
+            with PeakMemory(before) as memory, counted() as sent:
+                critic.update(batch)
+                actor.update(batch)
+            found["resident"]["learning"] = sum(phases.resident_bytes().values())
+            found["peak"]["learning"] = memory.peak
+    host = sum(tensor.nbytes for *_, movable in phases._movables for _, tensor in movable._host.values())
+    return found | {"sent": dict(sent), "host": host}
+
+
+def experience(vocab_size: int, rows: int) -> Experience:
+    """Sequences that are all as long as they may be."""
+    tokens = PROMPT + RESPONSE
+    shape = (rows, tokens)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[:, PROMPT:] = True
+    zeros = torch.zeros(shape)
+    return Experience(
+        token_ids=torch.randint(1, vocab_size, shape, generator=torch.Generator().manual_seed(0)),
+        lengths=torch.full((rows,), tokens),
+        response_mask=mask,
+        rollout_logprobs=zeros,
+        rewards=torch.zeros(rows),
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        group_ids=torch.arange(rows),
+        sample_ids=torch.arange(rows),
+        baselines=torch.zeros(rows),
+        baseline_truncated=torch.zeros(rows, dtype=torch.bool),
+        ages=torch.zeros(shape, dtype=torch.int64),
+        old_logprobs=zeros - 8.0 * mask,
+        ref_logprobs=zeros,
+        values=zeros,
+        token_rewards=zeros,
+        advantages=mask.float(),
+        returns=mask.float(),
+    )
+
+
+# ---------------------------------------------------------------- bytes allocated
+class PeakMemory(TorchDispatchMode):
+    """The most that this process had allocated beyond `start`, asked after every operation of torch."""
+
+    def __init__(self, start: int):
+        super().__init__()
+        self.start, self.peak = start, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.peak = max(self.peak, bytes_in_use() - self.start)
+        return result
+
+
+class MallocInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+_mallinfo = ctypes.CDLL(None).mallinfo2
+_mallinfo.restype = MallocInfo
+
+
+def bytes_in_use() -> int:
+    """What glibc has handed out and not got back."""
+    info = _mallinfo()
+    return info.uordblks + info.hblkhd
+
+
+# ---------------------------------------------------------------- bytes sent
+@contextmanager
+def counted() -> Iterator[Counter]:
+    """Bytes that this rank hands to torch.distributed while inside: messages between stages, and buffers of collectives by operation."""
+    total: Counter = Counter()
+    names = (
+        "all_reduce",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "_all_gather_base",
+        "_reduce_scatter_base",
+        "broadcast",
+        "reduce",
+    )
+    originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+    send = wires.Outbox.send
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            group = kwargs.get("group")
+            if dist.get_world_size(group) > 1:
+                total[name] += max(argument.nbytes for argument in args if isinstance(argument, torch.Tensor))
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    def sending(outbox: wires.Outbox, tensor: torch.Tensor, wire: wires.Wire, destination: int) -> None:
+        total["between stages"] += tensor.nbytes
+        send(outbox, tensor, wire, destination)
+
+    for name in originals:
+        setattr(dist, name, counting(name))
+    wires.Outbox.send = sending
+    try:
+        yield total
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+        wires.Outbox.send = send
