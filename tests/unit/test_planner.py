@@ -1,0 +1,96 @@
+"""Laws of the planner: it counts what the bridge's shapes say ranks hold, and what it proposes is accepted and fits."""
+
+from pathlib import Path
+
+import pytest
+
+from megarl import cli
+from megarl.bridge.boxes import num_elements
+from megarl.bridge.shapes import held
+from megarl.check import inspect
+from megarl.config import ParallelConfig
+from megarl.models.family import spec_from_hf_config
+from megarl.models.spec import padded_vocab
+from megarl.parallel.layout import ParallelLayout
+from megarl.planner.devices import GPUS, Assumptions
+from megarl.planner.plan import Plan, faults_of, make_plan
+from megarl.planner.search import remedies, search
+from megarl.planner.shards import shards_of
+from megarl.planner.step_time import Machines, longest_lengths
+from tests.tiny_hf import tiny_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def plan_of(monkeypatch, name: str, gpu: str, *overrides: str, world: int | None = None) -> Plan:
+    monkeypatch.chdir(CONFIGS.parent)
+    found = inspect(name.partition("_")[0], CONFIGS / f"{name}.yaml", overrides, world)
+    machines = Machines(GPUS[gpu], 45e9, 8, Assumptions())
+    return make_plan(found.run, found.specs, found.world_size, machines, longest_lengths(found.run), with_sync=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("role", ["actor", "critic"])
+@pytest.mark.parametrize("tensor, pipeline, virtual", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)])
+def test_shards_are_what_ranks_hold_and_together_the_model(kind, role, tensor, pipeline, virtual):
+    spec = spec_from_hf_config(tiny_config(kind).to_dict())
+    layout = ParallelLayout(tensor, pipeline, tensor * pipeline)
+    shards = shards_of(spec, role, ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual))
+    pieces = held(spec, layout, role, virtual)
+    padding = (padded_vocab(spec.vocab_size, tensor) - spec.vocab_size) * spec.hidden_size
+    for stage, shard in enumerate(shards):
+        ranks = [rank for rank in range(layout.world_size) if layout.at(rank).pp_rank == stage]
+        vocabularies = {name for rank in ranks for name, _ in pieces[rank] if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+        found = sum(num_elements(box) for rank in ranks for _, box in pieces[rank])
+        assert shard.total * len(ranks) == found + padding * len(vocabularies)
+    whole = {piece for rank in range(layout.world_size) for piece in pieces[rank]}
+    assert sum(num_elements(box) for _, box in whole) == spec.num_parameters(role)
+
+
+def test_more_of_an_axis_never_takes_more_memory(monkeypatch):
+    for axis, sizes in {"tensor": (1, 2, 4, 8), "pipeline": (1, 2, 4, 8)}.items():
+        plans = [plan_of(monkeypatch, "sft_70b", "h100-80gb", "parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false",
+                         f"parallel.{axis}={size}") for size in sizes]  # fmt: skip
+        peaks = [plan.peak.total for plan in plans]
+        assert peaks == sorted(peaks, reverse=True)
+
+
+def test_offload_and_recompute_only_lower_the_peak(monkeypatch):
+    peaks = [plan_of(monkeypatch, "ppo_8b", "h100-80gb", f"memory.offload={kind}").peak.total for kind in ("none", "frozen", "all")]
+    assert peaks == sorted(peaks, reverse=True)
+    kinds = ("none", "selective", "full")
+    kept = [plan_of(monkeypatch, "sft_70b", "h100-80gb", f"parallel.recompute={kind}").peak.total for kind in kinds]
+    assert kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "name, gpu, override",
+    [
+        ("ppo_8b", "a100-40gb", "memory.offload=none"),
+        pytest.param("sft_70b", "a100-40gb", "parallel.tensor=2", marks=pytest.mark.slow),
+    ],
+)
+def test_what_the_verdict_proposes_fits(monkeypatch, name, gpu, override):
+    plan = plan_of(monkeypatch, name, gpu, override)
+    found = remedies(plan)
+    assert not plan.fits and found
+    for one in found[:3]:
+        again = plan_of(monkeypatch, name, gpu, override, *one.overrides)  # through the file, the overrides and all rules
+        assert again.fits and again.peak.total == one.plan.peak.total
+
+
+def test_a_search_proposes_only_what_the_rules_accept(monkeypatch):
+    plan = plan_of(monkeypatch, "reward_8b", "h100-80gb")
+    found = search(plan, most=4)
+    assert found and [one.plan.time.total for one in found] == sorted(one.plan.time.total for one in found)
+    for one in found:
+        assert one.plan.fits and not faults_of(one.plan.run, plan.specs, 8)
+    assert found[0].plan.time.total <= plan.time.total
+
+
+def test_the_command_tells_by_its_exit_code(monkeypatch, capsys):
+    monkeypatch.chdir(CONFIGS.parent)
+    assert cli.run(["plan", "configs/ppo_8b.yaml", "--gpu", "h100-80gb", "--network", "45GB/s"]) == 0
+    assert "fits: " in capsys.readouterr().out
+    assert cli.run(["plan", "configs/ppo_8b.yaml", "--gpu", "l40s-48gb", "parallel.recompute=none", "memory.offload=none"]) != 0
+    assert "does not fit: " in capsys.readouterr().out
