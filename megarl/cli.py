@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from megarl import __version__, file_commands
+from megarl import __version__, data_commands, file_commands
 from megarl.check import Inspection, inspect, show
 from megarl.config import DpoRun, PpoRun, RewardRun, RrhfRun, Run, SampleRun, SftRun
 from megarl.config_file import RUNS
@@ -27,7 +27,7 @@ from megarl.operations.commands import COMMANDS as OPERATIONS
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.torchrun import is_torchrun, rank_from_environment
 from megarl.planner import command as planner
-from megarl.run_folder import describe_versions, write_run_folder
+from megarl.run_folder import describe_versions, private_umask, write_run_folder
 
 if TYPE_CHECKING:
     from megarl.checkpoint.train_state import TrainState
@@ -43,7 +43,7 @@ _SUMMARY = {
     "dpo": "direct preference optimisation (or IPO) on preference pairs",
     "rrhf": "learn from ranked lists of responses",
     "sample": "sample responses to prompts, score them and write them down",
-    **{name: summary for name, (summary, _, _) in {**file_commands.COMMANDS, **OPERATIONS}.items()},
+    **{name: summary for name, (summary, _, _) in {**file_commands.COMMANDS, **data_commands.COMMANDS, **OPERATIONS}.items()},
     "plan": "does a run fit its GPUs, and how long does a step take? Needs no GPU",
     "version": "versions of megarl and of what it runs on",
 }
@@ -152,7 +152,9 @@ def _conclude(run: Run, state: "TrainState | Answered") -> int:
 
 
 def _start(inspection: Inspection) -> ParallelLayout:
-    """Write down what is about to run and start the process groups."""
+    """Write down what is about to run and start the process groups. What a run writes is for its user alone, and it fetches nothing."""
+    os.umask(private_umask(os.environ))
+    os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE") or "1"
     drain.listen()
     if rank_from_environment()[0] == 0:
         write_run_folder(inspection.run)
@@ -231,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for kind in RUNS:
         _add_course(_add(commands, kind, _course))
-    for name, (_, add_arguments, action) in {**file_commands.COMMANDS, **OPERATIONS}.items():
+    for name, (_, add_arguments, action) in {**file_commands.COMMANDS, **data_commands.COMMANDS, **OPERATIONS}.items():
         add_arguments(_add(commands, name, action))
     planner.add_plan(_add(commands, "plan", planner.run_plan))
     _add(commands, "version", _version)

@@ -3,6 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
@@ -34,6 +35,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`; special tokens are left out."""
+
+    @abstractmethod
+    def spelled(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids` with special tokens spelled out, for people to read."""
 
     @abstractmethod
     def render_chat(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
@@ -78,6 +83,13 @@ class SentencePieceTokenizer(Tokenizer):
         known = [int(i) for i in token_ids if int(i) < self.vocab_size]
         return self._processor.decode([i for i in known if not self._processor.is_control(i)])
 
+    def spelled(self, token_ids: Sequence[int]) -> str:
+        pieces = []
+        for is_control, run in groupby(map(int, token_ids), key=self._processor.is_control):
+            ids = list(run)
+            pieces.append("".join(map(self._processor.id_to_piece, ids)) if is_control else self._processor.decode(ids))
+        return "".join(pieces)
+
     def render_chat(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         raise DataError(
             f"tokenizer {self.path}: a sentencepiece file has no chat template; set data.chat_template=false and use plain"
@@ -111,6 +123,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def spelled(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def render_chat(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         if self._tokenizer.chat_template is None:

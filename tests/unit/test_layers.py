@@ -72,6 +72,7 @@ LAYERS = {
     "megarl.check": 7,
     "megarl.planner": 7,
     "megarl.cli": 7,
+    "megarl.data_commands": 7,
     "megarl.file_commands": 7,
     "megarl.operations": 7,
     "megarl.quickstart": 7,
