@@ -13,7 +13,7 @@ from megarl.data.pack_size import tile_of, token_budget
 from megarl.errors import LayoutError
 from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
-from megarl.ppo.algorithms import ADVANTAGES
+from megarl.ppo.check import algorithm_faults
 from megarl.ppo.eval_sets import evaluation_faults
 from megarl.rewards.check import reward_faults
 from megarl.rollout.check import sampling_faults
@@ -37,9 +37,8 @@ def cross_check(run: Run, world_size: int, specs: Mapping[str, ModelSpec]) -> li
     data = world_size // replica if world_size % replica == 0 else None
     if isinstance(run, PpoRun):
         faults += sampling_faults(run, specs["actor"].vocab_size if "actor" in specs else None)
-        faults += [*_generation(run, world_size, specs), *_placement(run), *reward_faults(run), *_vocabularies(specs), *_kl(run)]
-        faults += [*evaluation_faults(run)]
-        faults += [*_correction(run), *_algorithm(run), *_average(run), *_ppo_batch(run, data)]
+        faults += [*_generation(run, world_size, specs), *_placement(run), *reward_faults(run), *_vocabularies(specs)]
+        faults += [*evaluation_faults(run), *algorithm_faults(run), *_ptx(run, data, specs), *_ppo_batch(run, data)]
     elif isinstance(run, SampleRun):
         faults += sampling_faults(run, specs["actor"].vocab_size if "actor" in specs else None) if run.rollout.refill is None else []
         faults += [*sample_faults(run), *_generation(run, world_size, specs), *reward_faults(run), *_vocabularies(specs)]
@@ -257,7 +256,7 @@ def longest_sequence(run: Run) -> tuple[int, str, tuple[str, ...]]:
     """Tokens of the longest sequence a run may see, the same in words, and the keys that decide it."""
     if isinstance(run, PpoRun | SampleRun):
         prompts = {"data.max_prompt_tokens": run.data.max_prompt_tokens}
-        for number, held_out in enumerate(run.eval.sets if run.eval is not None else ()):
+        for number, held_out in enumerate(run.eval.sets if isinstance(run, PpoRun) and run.eval is not None else ()):
             prompts[f"eval.sets.{number}.data.max_prompt_tokens"] = held_out.data.max_prompt_tokens
         key = max(prompts, key=prompts.__getitem__)
         prompt, response = prompts[key], run.rollout.max_response_tokens
@@ -281,64 +280,22 @@ def _vocabularies(specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
             yield Fault((*_named(key), *_named(leader)), text)
 
 
-def _kl(run: PpoRun) -> Iterator[Fault]:
-    """The adaptive controller multiplies: from 0 it never moves, and a factor below 0 would reward leaving the reference."""
-    kl, sequences = run.ppo.kl, run.rollout.prompts_per_step * run.rollout.samples_per_prompt
-    if kl.target is None:
+def _ptx(run: PpoRun, data: int | None, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+    """The text that the policy imitates: its batch and its lengths."""
+    ptx, knob = run.ppo.ptx, "ppo.ptx.data.max_tokens"
+    if ptx is None:
         return
-    if kl.coef == 0:
-        yield Fault(("ppo.kl.coef", "ppo.kl.target"), "ppo.kl.coef: found 0 with ppo.kl.target; expected more than 0: 0 never adapts")
-    if 5 * kl.horizon <= sequences:
-        text = f"ppo.kl.horizon: found {kl.horizon}; expected more than {sequences // 5}, a fifth of the {sequences} sequences a step"
-        yield Fault(("ppo.kl.horizon", "ppo.kl.target", "rollout.prompts_per_step"), text)
-
-
-def _correction(run: PpoRun) -> Iterator[Fault]:
-    correction, knob = run.ppo.correction, "ppo.correction"
-    if correction.kind == "mask" and correction.low >= correction.high:
-        text = f"found {correction.low:g} with {knob}.high {correction.high:g}; expected less: every weight would be 0"
-        yield Fault((f"{knob}.low", f"{knob}.high"), f"{knob}.low: {text}")
-
-
-def _algorithm(run: PpoRun) -> Iterator[Fault]:
-    """What an advantage estimator needs and has no use for, and which parts of a loss go together."""
-    ppo, samples, knob = run.ppo, run.rollout.samples_per_prompt, "ppo.advantage"
-    needs = ADVANTAGES[ppo.advantage]
-    if needs.critic and run.critic is None:
-        without = ", ".join(name for name, other in ADVANTAGES.items() if not other.critic)
-        yield Fault(("critic", knob), f"critic: missing; ppo.advantage {ppo.advantage} needs one: give critic.path, or choose {without}")
-    if not needs.critic and run.critic is not None:
-        text = f"critic: found {run.critic.path} with ppo.advantage {ppo.advantage}; expected critic: null, as nothing would use its values"
-        yield Fault(("critic", knob), text)
-    if not needs.critic and ppo.critic_warmup_steps:
-        text = f"found {ppo.critic_warmup_steps} with ppo.advantage {ppo.advantage}; expected 0: there is no critic to warm up"
-        yield Fault(("ppo.critic_warmup_steps", knob), f"ppo.critic_warmup_steps: {text}")
-    if needs.group and samples == 1:
-        text = f"found 1 with ppo.advantage {ppo.advantage}; expected at least 2: responses are compared with others to the same prompt"
-        yield Fault(("rollout.samples_per_prompt", knob), f"rollout.samples_per_prompt: {text}")
-    if ppo.bootstrap_truncated and ppo.advantage != "gae":
-        text = f"ppo.bootstrap_truncated: found true with ppo.advantage {ppo.advantage}; expected false: it is a part of gae"
-        yield Fault(("ppo.bootstrap_truncated", knob), text)
-    if ppo.dual_clip is not None and ppo.loss != "clip":
-        text = f"ppo.dual_clip: found {ppo.dual_clip:g} with ppo.loss {ppo.loss}; expected null: it is a part of the loss clip"
-        yield Fault(("ppo.dual_clip", "ppo.loss"), text)
-
-
-def _average(run: PpoRun) -> Iterator[Fault]:
-    """Who wants a moving average needs one, and who refreshes a reference needs one to refresh."""
-    refresh, kl = run.ppo.reference_refresh, run.ppo.kl
-    wanted = {
-        "eval.ema": run.eval is not None and run.eval.ema,
-        "ppo.reference_refresh.source": refresh is not None and refresh.source == "ema",
-    }
-    for knob in (knob for knob, is_wanted in wanted.items() if is_wanted and run.ppo.ema is None):
-        found = "true" if knob == "eval.ema" else "ema"
-        yield Fault((knob, "ppo.ema"), f"{knob}: found {found} without ppo.ema; expected ppo.ema (such as {{decay: 0.992}}) beside it")
-    if refresh is not None and run.reference is None and kl.coef == 0 and kl.target is None:
-        text = (
-            f"ppo.reference_refresh: found every_steps {refresh.every_steps} with ppo.kl.coef 0; expected null: nothing asks the reference"
-        )
-        yield Fault(("ppo.reference_refresh", "ppo.kl.coef"), text)
+    if not ptx.data.files():
+        yield Fault(("ppo.ptx.data",), "ppo.ptx.data: found neither path nor sources; expected a file of demonstrations")
+    if data is not None:
+        yield from _replica_batch(run, "ppo.ptx.batch_size", ptx.batch_size, data)
+    longest = ptx.data.max_tokens
+    if "actor" in specs and longest > specs["actor"].max_positions:
+        text = f"{knob}: found {longest}; expected at most the {specs['actor'].max_positions} positions of actor"
+        yield Fault((knob, *_named("actor")), text)
+    if run.parallel.max_tokens_per_microbatch and longest > token_budget(run.parallel):
+        text = f"found {longest}; expected at most parallel.max_tokens_per_microbatch, {run.parallel.max_tokens_per_microbatch}"
+        yield Fault((knob, "parallel.max_tokens_per_microbatch"), f"{knob}: {text}")
 
 
 def _divides(name: str, size: int, parts: int, words: str, keys: tuple[str, ...]) -> Iterator[Fault]:

@@ -135,6 +135,9 @@ def _missing_files(run: Run) -> Iterator[Fault]:
         text = f"{run.tokenizer} does not exist; expected a sentencepiece .model file or a Hugging Face directory"
         yield Fault(("tokenizer",), f"tokenizer: {text}")
     yield from missing_files(run)
+    for source in run.ppo.ptx.data.files() if isinstance(run, PpoRun) and run.ppo.ptx is not None else ():
+        if source.path is not None and not source.path.exists():
+            yield Fault(("ppo.ptx.data.path",), f"ppo.ptx.data.path: {source.path} does not exist; expected a file of demonstrations")
 
 
 def _missing_packages(run: Run) -> Iterator[Fault]:

@@ -1,7 +1,8 @@
-"""What is proven about an exported directory before it gets its name: transformers knows every tensor, and computes what we compute."""
+"""What is proven about a Hugging Face directory, written or to be read: transformers knows every tensor, and computes what we compute."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megarl.models.spec import ModelSpec, Role
 from megarl.parallel import device, groups
 from megarl.parallel.layout import ParallelLayout
 
+Proof = Literal["auto", "logits", "elements"]
 LOGITS_PARAMETERS = 300_000_000  # of the largest model whose logits are compared unasked: twice 1.2 GB in float32
 TOLERANCE = 1e-3  # of the largest logit; both sides compute in float32
 PROMPT_TOKENS = (1, 7, 33)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megarl.checkpoint.export_proof import LOGITS_PARAMETERS, Proof, compare_logits
 from megarl.checkpoint.hf_directory import check_tensors
 from megarl.checkpoint.manifest import FORMAT, ROLES, Manifest, StoredFile, StoredLayout, StoredModel, StoredTensor
 from megarl.checkpoint.publish import publish, special_tokens, start_output, stored, versions, write_config, write_tokenizer
@@ -21,13 +22,14 @@ from megarl.models.family import ModelSpec, read_spec
 from megarl.models.pieces import TensorSource
 
 
-def import_hf(hf_dir: Path, out: Path, tokenizer: Path | None = None, dtype: str | None = None) -> Path:
+def import_hf(hf_dir: Path, out: Path, tokenizer: Path | None = None, dtype: str | None = None, proof: Proof = "auto") -> Path:
     """Write a checkpoint with the weights of a Hugging Face directory and return `out`.
 
     The model is called `actor`, or `reward` where the directory holds a scalar head. The tokenizer is the directory's own unless another
     is named; generation_config.json is kept; `dtype` as for the export (default: as they are). A tied head and rotary frequencies
     are left out; any other tensor that the family's table does not list is refused. A block of rows is in memory at a time, and every
-    element is read back and compared.
+    element is read back and compared. With `proof` `logits`, or `auto` and a small reward model, transformers' scores (of a language
+    model: logits) of fixed texts are first compared with those of our layers on the same tensors; `elements` leaves that out.
     Raises `WeightMapError` (also for code and pickles), `DataError` or `SetupError` (`out` exists, no room), with nothing left behind.
     """
     hf_dir = Path(hf_dir)
@@ -35,8 +37,11 @@ def import_hf(hf_dir: Path, out: Path, tokenizer: Path | None = None, dtype: str
     refuse_code(hf_dir)
     source = SafetensorsSource(hf_dir)
     model = "reward" if SCALAR_HEAD in set(source.names()) else "actor"
-    check_shapes(hf_dir, spec.table(ROLES[model]).hf_shapes, source)
     check_tensors(source, spec, ROLES[model])
+    check_shapes(hf_dir, spec.table(ROLES[model]).hf_shapes, source)
+    is_small = spec.num_parameters(ROLES[model]) <= LOGITS_PARAMETERS
+    if proof == "logits" or (proof == "auto" and model == "reward" and is_small):
+        compare_logits(hf_dir, spec, ROLES[model], source)
     return write_imported(Path(out), spec, model, source, load_tokenizer(tokenizer or hf_dir), hf_dir, {"path": hf_dir.name}, dtype)
 
 

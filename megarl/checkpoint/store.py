@@ -19,6 +19,7 @@ import torch
 
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.attempts import Attempt, sweep
+from megarl.checkpoint.carried import Carried, carried_file, read_carried
 from megarl.checkpoint.files import Checkpointable, HostBuffers, num_bytes_saved, plan_files
 from megarl.checkpoint.manifest import FORMAT, ROLES, STEP_NAME, Manifest, StoredLayout, StoredModel
 from megarl.checkpoint.publication import Publication
@@ -49,7 +50,9 @@ class Checkpoints:
     is finished is saved: no further step should begin.
     """
 
-    def __init__(self, course: str, run: Run, layout: ParallelLayout, tokenizer: Tokenizer, total_steps: int):
+    def __init__(
+        self, course: str, run: Run, layout: ParallelLayout, tokenizer: Tokenizer, total_steps: int, carried: Carried | None = None
+    ):
         self.course = course
         self.run = run
         self.layout = layout
@@ -64,6 +67,7 @@ class Checkpoints:
         self._buffers = HostBuffers()
         self._pending: Background | None = None
         self._failures = 0  # in a row
+        self.carried = carried  # what a step hands to the next one, beside models and TrainState
         self.is_draining = False
         self._best, self._is_best = BestSoFar(run.checkpoint.keep_best), False
 
@@ -91,6 +95,11 @@ class Checkpoints:
         began = time.monotonic()
         is_last, config = self._is_last(state), self.run.checkpoint
         name = f"step-{state.step:08d}"
+        if not is_last and (skipping := sorted(model for model, kept in checkpointables.items() if kept.learner.is_skipping)):
+            self._say(
+                f"{name} is left out: updates of {' and '.join(skipping)} are being skipped, and the one before is from before the first"
+            )
+            return
         if self._pending is not None:
             if config.background == "skip" and not is_last and not self._is_best:
                 self._say(f"{name} is left out: {self._pending.job.staging.name} is still being written")
@@ -165,7 +174,7 @@ class Checkpoints:
 
     def _start(self, final: Path, state: TrainState, checkpointables: Mapping[str, Checkpointable], metrics: Metrics) -> SaveJob:
         """This rank's part of a save, with live tensors, and an empty staging directory to write to."""
-        plan = plan_files(self.layout.rank, checkpointables)
+        plan = plan_files(self.layout.rank, checkpointables) + carried_file(self.layout.rank, self.carried)
         staging, timeout_s = self._attempt.staging(final.name), self.run.checkpoint.timeout_s
         job = SaveJob(final.name, staging, plan, self.layout.rank, self.layout.world_size, timeout_s)
         needed = sum(collectives.gather_json(job.num_bytes, self._world))
@@ -299,6 +308,8 @@ class Checkpoints:
         check_same_run(directory, manifest, self.course, layout, checkpointables)
         for notice in load(directory, manifest, checkpointables):
             self._say(notice)
+        if self.carried is not None:
+            self.carried.take_back(read_carried(directory, manifest))
         if manifest.layout == layout:
             load_random_states(directory, manifest, self.layout.rank)
         else:

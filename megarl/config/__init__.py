@@ -17,7 +17,7 @@ from megarl.config.course import (
 )
 from megarl.config.data import Dataset, DataSource
 from megarl.config.models import ModelConfig, OptimizerConfig, ParallelConfig, TrainedModelConfig
-from megarl.config.ppo import CorrectionConfig, EmaConfig, EvalConfig, EvalSet, KlConfig, PpoConfig, PpoRun, ReferenceRefresh
+from megarl.config.ppo import CorrectionConfig, EmaConfig, EvalConfig, EvalSet, KlConfig, PpoConfig, PpoRun, PtxConfig, ReferenceRefresh
 from megarl.config.rewards import RewardPart
 from megarl.config.rollout import LengthSchedule, MemoryConfig, PartialConfig, PromptData, RefillConfig, RolloutConfig
 from megarl.config.run import CheckpointConfig, ClusterConfig, LogConfig, Run
@@ -50,6 +50,7 @@ __all__ = [
     "PpoConfig",
     "PpoRun",
     "PromptData",
+    "PtxConfig",
     "ReferenceRefresh",
     "RefillConfig",
     "RewardPart",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from megarl.config.course import LessonData
 from megarl.config.models import ModelConfig, TrainedModelConfig
 from megarl.config.rewards import RewardPart
 from megarl.config.rollout import MemoryConfig, PromptData, RolloutConfig
@@ -44,6 +45,14 @@ class ReferenceRefresh(Section):
     source: Literal["policy", "ema"] = "policy"  # the policy's weights, or their moving average: a slow reference
 
 
+class PtxConfig(Section):
+    """Text that the policy imitates in every update: its loss + coef * mean NLL of the text's learned tokens (semantics section 3)."""
+
+    coef: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Positive = 8  # rows an optimizer step, over all data-parallel ranks
+    data: LessonData  # as for megarl sft; learn: all for pre-training text
+
+
 class PpoConfig(Section):
     """The algorithm (docs/algorithms.md; semantics sections 1 to 4 and 6)."""
 
@@ -70,6 +79,7 @@ class PpoConfig(Section):
     bootstrap_truncated: bool = False
     correction: CorrectionConfig = CorrectionConfig()
     kl: KlConfig = KlConfig()
+    ptx: PtxConfig | None = None
     ema: EmaConfig | None = None
     reference_refresh: ReferenceRefresh | None = None
 

@@ -23,5 +23,6 @@ class RewardPart(Section):
     hosts: tuple[str, ...] = ()  # http: hosts that urls may name beside this machine's loopback
     per_request: Positive = 16  # http: responses a request
     token_file: UserPath | None = None  # http: file that holds the bearer token; none: the environment's MEGARL_REWARD_TOKEN, if set
+    overlap: bool | None = None  # math, code, http (null: true), function (null: false): score what is finished while others are sampled
     timeout_s: Positive | None = None  # http, function: all of a step's scores (300); math (5), code (10): one response
     accept: tuple[Literal["root", "no_namespaces"], ...] = ()  # code: run responses as root; run them without namespaces

@@ -1,17 +1,16 @@
 """How a run's configuration becomes the parts of the loop. Every rank builds the same ones."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from megarl.bridge.separate_sync import SeparateSync
 from megarl.bridge.sync import WeightSync
-from megarl.checkpoint.sources import open_start, open_weights
+from megarl.checkpoint.sources import open_start
 from megarl.checkpoint.store import Checkpoints
-from megarl.config import ModelConfig, PpoRun, RewardPart
-from megarl.data.batching import pad_rows, padded_length
+from megarl.config import EvalSet, ModelConfig, PpoRun, PromptData, RewardPart
+from megarl.cross_check import longest_sequence
+from megarl.data.demonstrations import DemonstrationSet
 from megarl.data.prompts import PromptSet
 from megarl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, stop_token_ids
 from megarl.metrics import RunLog
@@ -19,33 +18,29 @@ from megarl.metrics.terminal import PPO_HEADLINE
 from megarl.models.spec import ModelSpec
 from megarl.parallel import collectives, device, groups
 from megarl.parallel.layout import ParallelLayout, RolloutLayout
-from megarl.parallel.memory import FROZEN, Offload, Phases
+from megarl.parallel.memory import Phases
+from megarl.parallel.phases import FROZEN, REFERENCE, offload_of
+from megarl.ppo.average import AveragedEvaluator, AveragedPolicy
+from megarl.ppo.eval_sets import eval_sets
 from megarl.ppo.evaluator import Evaluator, NoEvaluator
-from megarl.ppo.judge import TOKENS_A_TENSOR_RANK, Judge
+from megarl.ppo.harvest import Harvester
+from megarl.ppo.held_out import HeldOut, eval_requests
+from megarl.ppo.judge import Judge
 from megarl.ppo.parity import ParityGate
 from megarl.ppo.parts import FrozenReference, KlSource, NoCritic, NoReference, Parts
-from megarl.ppo.roles import Actor, Critic, Reference, RewardModel
-from megarl.records import TokenBatch
-from megarl.rewards.build import RUN_ONCE, build_hook, build_scorer
+from megarl.ppo.ptx import NoPtx, Ptx
+from megarl.ppo.reference import RefreshedReference
+from megarl.ppo.roles import Actor, Critic, Reference
+from megarl.ppo.scoring import ScoredAhead
+from megarl.ppo.terms import TermBuilder
+from megarl.rewards.ahead import EarlyScores
+from megarl.rewards.build import build_hook
 from megarl.rewards.check import ANSWER_KINDS
-from megarl.rewards.model import ModelScorer
-from megarl.rewards.scorer import Scorer, Term, WeightedSum, distinct_names
+from megarl.rewards.scorer import WeightedSum
 from megarl.rollout.engine import Engine, make_greedy_requests
 from megarl.rollout.separate_engine import SeparateEngine, start_remote, start_separate
+from megarl.rollout.text_stops import TextStops
 from megarl.rollout.vllm_engine import VllmEngine
-
-
-@dataclass(frozen=True)
-class SequenceScores:
-    """Scores of whole sequences by a reward model, for `rewards.model.ModelScorer`. Called by every rank of a replica."""
-
-    model: RewardModel
-    pad_id: int
-
-    def __call__(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        length = padded_length([len(row) for row in sequences], TOKENS_A_TENSOR_RANK * self.model.layout.tensor)
-        token_ids, lengths = pad_rows(sequences, self.pad_id, length)
-        return self.model.scores(TokenBatch(token_ids, lengths).to(device.device())).tolist()
 
 
 def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
@@ -56,31 +51,40 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     together = partial(collectives.together, group=groups.group(layout, "world"))
     tokenizer = together(lambda: load_tokenizer(run.tokenizer))
     prompts, held_out = together(lambda: _read_prompts(run, tokenizer))
+    ptx = together(lambda: _read_ptx(run, layout, tokenizer))
     log = together(lambda: _open_log(run, layout))
-    _say_what_was_skipped(run, layout, {run.data.path: prompts} | ({run.eval.path: held_out} if run.eval and held_out else {}))
+    _say_what_was_skipped(layout, [(run.data, prompts), *((held.data, found) for held, found in held_out)])
     spec, source = together(lambda: open_start(run.actor, "actor", run.seed))
     together(lambda: check_vocabulary(tokenizer, spec.vocab_size, run.actor.path, "actor.path"))
-    stops = stop_token_ids(tokenizer, spec.end_ids)
+    stops = (*stop_token_ids(tokenizer, spec.end_ids), *run.rollout.stop_token_ids)
     engine = _start_engine(run, layout, spec)
-    actor = Actor(spec, run, layout, source)
+    actor = Actor(spec, run, layout, source, ptx)
     weight_sync = _make_sync(run, layout, engine)
-    memory = Phases(engine, offload_of(run), partial(weight_sync.push, actor))
+    memory = Phases(engine, offload_of(run, device.is_cuda()), partial(weight_sync.push, actor))
     memory.admit("actor", actor.movables)
-    reference = _build_reference(run, layout, memory)
-    judge = Judge(_build_rewards(run, layout, tokenizer, memory), tokenizer, layout)
+    reference = _build_reference(run, layout, memory, actor)
+    sampler = TextStops(engine, tokenizer) if run.rollout.stop_strings else engine
+    builder = TermBuilder(run, layout, tokenizer, memory)
+    rewards = WeightedSum(builder.terms("rewards", run.rewards), together(lambda: build_hook(run)))
+    early = EarlyScores(rewards.terms, tokenizer, prompts.find, _patience(run))
+    judge = Judge(rewards, tokenizer, layout, ahead=ScoredAhead(layout, early, engine.group) if early.is_used else None)
+    harvester = Harvester(run, layout, prompts, stops, sampler, memory)
     return Parts(
-        prompts=prompts,
-        stop_token_ids=stops,
-        engine=engine,
+        harvester=harvester,
+        engine=sampler,
         memory=memory,
         judge=judge,
         actor=actor,
         critic=_build_critic(run, layout, memory),
         reference=reference,
         weight_sync=weight_sync,
-        parity=ParityGate(run, layout, prompts, stops, engine, memory, judge, actor),
-        evaluator=_build_evaluator(run, layout, held_out, engine, memory, tokenizer, stops),
-        checkpoints=Checkpoints("ppo", run, layout, tokenizer, run.ppo.total_steps),
+        parity=ParityGate(run, layout, prompts, stops, sampler, memory, judge, actor),
+        evaluator=_with_average(
+            run,
+            _build_evaluator(run, layout, held_out, sampler, memory, tokenizer, stops, builder),
+            AveragedPolicy(actor, weight_sync, memory),
+        ),
+        checkpoints=Checkpoints("ppo", run, layout, tokenizer, run.ppo.total_steps, harvester),
         log=log,
     )
 
@@ -91,9 +95,19 @@ def _role_arguments(run: PpoRun, layout: ParallelLayout, model: ModelConfig, rol
     return spec, run, layout, source
 
 
+def _read_ptx(run: PpoRun, layout: ParallelLayout, tokenizer: Tokenizer) -> Ptx | NoPtx:
+    """The text that the policy imitates, if any."""
+    if run.ppo.ptx is None:
+        return NoPtx()
+    examples = DemonstrationSet(run.ppo.ptx.data, tokenizer)
+    for notice in examples.notices() if layout.rank == 0 else []:
+        print(f"megarl: warning: {notice}", file=sys.stderr)
+    return Ptx(run.ppo.ptx, examples, tokenizer.pad_id, run.parallel.logits_bytes, run.seed, layout)
+
+
 def _start_engine(run: PpoRun, layout: ParallelLayout, spec: ModelSpec) -> VllmEngine | SeparateEngine:
     """The sampler, wherever the run places it."""
-    longest = run.data.max_prompt_tokens + run.rollout.max_response_tokens
+    longest = longest_sequence(run)[0]
     if run.rollout.placement == "separate":
         return start_separate(spec, run.rollout, layout, run.precision, longest, _patience(run))
     if run.rollout.placement == "remote":
@@ -116,23 +130,17 @@ def _patience(run: PpoRun) -> float:
     return 0.9 * run.parallel.timeout_s
 
 
-def offload_of(run: PpoRun) -> Offload:
-    """What may leave the device between phases: as the run says, or what suits this host and where its generators are."""
-    if run.memory.offload != "auto":
-        return run.memory.offload
-    if not device.is_cuda():
-        return "none"
-    return "frozen" if run.rollout.placement == "remote" else "all"
-
-
-def _build_reference(run: PpoRun, layout: ParallelLayout, memory: Phases) -> KlSource:
+def _build_reference(run: PpoRun, layout: ParallelLayout, memory: Phases, actor: Actor) -> KlSource:
     kl = run.ppo.kl
     if run.reference is None and kl.coef == 0 and kl.target is None:
         return NoReference()
     # By default the actor's start: its files once more, or the same draw. A checkpoint to resume from is read into the actor alone, later.
     reference = Reference(*_role_arguments(run, layout, run.reference or run.actor, "actor"))
-    memory.admit(FROZEN, reference.movables)
-    return FrozenReference(reference, kl.estimator)
+    if run.ppo.reference_refresh is None:
+        memory.admit(FROZEN, reference.movables)
+        return FrozenReference(reference, kl.estimator)
+    memory.admit(REFERENCE, reference.movables)
+    return RefreshedReference(reference, kl.estimator, run.ppo.reference_refresh, actor, memory)
 
 
 def _build_critic(run: PpoRun, layout: ParallelLayout, memory: Phases) -> Critic | NoCritic:
@@ -143,44 +151,42 @@ def _build_critic(run: PpoRun, layout: ParallelLayout, memory: Phases) -> Critic
     return critic
 
 
-def _build_rewards(run: PpoRun, layout: ParallelLayout, tokenizer: Tokenizer, memory: Phases) -> WeightedSum:
-    together = partial(collectives.together, group=groups.group(layout, "world"))
+def _read_prompts(run: PpoRun, tokenizer: Tokenizer) -> tuple[PromptSet, list[tuple[EvalSet, PromptSet]]]:
+    """The prompts to train on, and those held out."""
 
-    def scorer(index: int, part: RewardPart) -> Scorer:
-        if part.path is None:
-            return together(lambda: build_scorer(index, part, run))
-        spec, source = together(lambda: open_weights(part.path, "reward"))
-        model = RewardModel(spec, run, layout, source)
-        memory.admit(FROZEN, model.movables)
-        return ModelScorer(SequenceScores(model, tokenizer.pad_id))
+    def read(data: PromptData, parts: Sequence[RewardPart]) -> PromptSet:
+        return PromptSet(data, tokenizer, needs_answers=any(part.kind in ANSWER_KINDS for part in parts))
 
-    names = distinct_names([part.kind for part in run.rewards])
-    terms = [Term(name, part.weight, scorer(i, part), part.kind in RUN_ONCE) for i, (name, part) in enumerate(zip(names, run.rewards))]
-    return WeightedSum(tuple(terms), together(lambda: build_hook(run)))
-
-
-def _read_prompts(run: PpoRun, tokenizer: Tokenizer) -> tuple[PromptSet, PromptSet | None]:
-    """The prompts to train on and those held out, read with the same keys and limits."""
-    prompts = PromptSet(run.data, tokenizer, needs_answers=any(part.kind in ANSWER_KINDS for part in run.rewards))
-    if run.eval is None:
-        return prompts, None
-    return prompts, PromptSet(run.data.model_copy(update={"path": run.eval.path}), tokenizer, needs_answers=True)
+    return read(run.data, run.rewards), [(held_out, read(held_out.data, held_out.metrics)) for held_out in eval_sets(run)]
 
 
 def _build_evaluator(
     run: PpoRun,
     layout: ParallelLayout,
-    held_out: PromptSet | None,
+    held_out: Sequence[tuple[EvalSet, PromptSet]],
     engine: Engine,
     memory: Phases,
     tokenizer: Tokenizer,
     stops: Sequence[int],
+    builder: TermBuilder,
 ) -> Evaluator | NoEvaluator:
-    if run.eval is None or held_out is None:
+    if run.eval is None:
         return NoEvaluator()
-    prompts = held_out.first(run.eval.num_prompts, layout)
-    requests = make_greedy_requests(prompts, run.rollout, stops)
-    return Evaluator(run.eval, prompts, requests, engine, memory, tokenizer, layout, run.ppo.total_steps)
+    sets = []
+    for config, prompts in held_out:
+        own = prompts.first(config.num_prompts, layout)
+        requests = eval_requests(config, make_greedy_requests(own, run.rollout, stops))
+        key = f"eval.sets.{run.eval.sets.index(config)}.metrics" if config in run.eval.sets else "eval"
+        most = -(-min(config.num_prompts, len(prompts)) // layout.data) * (1 + config.samples)
+        sets.append(HeldOut(config, own, requests, builder.terms(key, config.metrics), most))
+    return Evaluator(run.eval, sets, engine, memory, tokenizer, layout, run.ppo.total_steps)
+
+
+def _with_average(run: PpoRun, evaluator: Evaluator | NoEvaluator, average: AveragedPolicy) -> Evaluator | AveragedEvaluator | NoEvaluator:
+    """The same, or one that evaluates the policy's moving average, too (`eval.ema`)."""
+    if run.eval is None or not run.eval.ema or isinstance(evaluator, NoEvaluator):
+        return evaluator
+    return AveragedEvaluator(evaluator, average)
 
 
 def _open_log(run: PpoRun, layout: ParallelLayout) -> RunLog:
@@ -188,9 +194,7 @@ def _open_log(run: PpoRun, layout: ParallelLayout) -> RunLog:
     return RunLog.open("ppo", run.output_dir, run.log, run.ppo.total_steps, PPO_HEADLINE, layout.rank == 0, run_json)
 
 
-def _say_what_was_skipped(run: PpoRun, layout: ParallelLayout, files: Mapping[Path, PromptSet]) -> None:
-    limit = run.data.max_prompt_tokens
-    for path, prompts in files.items():
-        for what, count in {"skipped": prompts.num_skipped, "cut on the left": prompts.num_truncated}.items():
-            if count and layout.rank == 0:
-                print(f"megarl: warning: {path}: {count} prompts longer than data.max_prompt_tokens={limit} {what}", file=sys.stderr)
+def _say_what_was_skipped(layout: ParallelLayout, files: Sequence[tuple[PromptData, PromptSet]]) -> None:
+    for _, prompts in files if layout.rank == 0 else ():
+        for notice in prompts.notices():
+            print(f"megarl: warning: {notice}", file=sys.stderr)

@@ -1,27 +1,40 @@
-"""Greedy accuracy on held-out prompts, through the same sampler and verifier that training uses."""
+"""Evaluation on held-out prompts, through the same sampler and scorers that training uses.
 
+It changes nothing that training sees: seeds are a function of set, prompt and sample, and nothing random is drawn elsewhere.
+"""
+
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 
 from megarl.checkpoint.train_state import TrainState
 from megarl.config import EvalConfig
 from megarl.data.tokenizers import Tokenizer
-from megarl.metrics import Metric, Metrics
+from megarl.metrics import Metrics
+from megarl.operations import heartbeat
 from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.memory import Phases
-from megarl.records import Prompt, RolloutRequest
-from megarl.rewards.exact import ExactAnswer
+from megarl.ppo.eval_sets import SHORT, metric_names
+from megarl.ppo.held_out import HeldOut, facts_of, summary
+from megarl.ppo.judge import FILLER
+from megarl.ppo.scoring import SharedScoring
+from megarl.records import Completion, Prompt
+from megarl.rewards.model import ModelScorer
+from megarl.rewards.scorer import Term, checked
 from megarl.rollout.engine import Engine
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found: metrics reduced over all ranks, this data rank's answers as JSON objects. Empty when none was due."""
+    """What one evaluation found: metrics, equal on all ranks, and this data rank's answers as JSON objects, a list for each set.
+
+    Empty when none was due.
+    """
 
     metrics: Metrics = field(default_factory=Metrics)
-    samples: list[dict] = field(default_factory=list)
+    samples: list[list[dict]] = field(default_factory=list)
 
 
 class NoEvaluator:
@@ -39,51 +52,76 @@ class NoEvaluator:
 class Evaluator:
     """Evaluates before the first step, every `every_steps` steps and after the last one. Methods are entered by every rank.
 
-    Args: `prompts` of this data rank and one greedy request for each. The sampler must hold the weights to evaluate.
+    Args: the held-out `sets` of this data rank. The sampler must hold the weights to evaluate.
     """
 
     def __init__(
         self,
         config: EvalConfig,
-        prompts: Sequence[Prompt],
-        requests: Sequence[RolloutRequest],
+        sets: Sequence[HeldOut],
         engine: Engine,
         memory: Phases,
         tokenizer: Tokenizer,
         layout: ParallelLayout,
         total_steps: int,
     ):
-        self.config = config
-        self.total_steps = total_steps
-        self._prompts, self._engine, self._memory, self._tokenizer, self._layout = prompts, engine, memory, tokenizer, layout
-        self._requests = requests
+        self.config, self.sets, self.total_steps = config, tuple(sets), total_steps
+        self._engine, self._memory, self._tokenizer, self._layout = engine, memory, tokenizer, layout
+        self._shared = SharedScoring(layout)
 
     def at_start(self, state: TrainState) -> Evaluation:
-        """The accuracy before training; a resumed run has said it already."""
+        """The evaluation before training; a resumed run has said it already."""
         return self.evaluate() if state.step == 0 else Evaluation()
 
     def after_step(self, state: TrainState) -> Evaluation:
-        """The accuracy after `state.step` finished steps, when it is due."""
+        """The evaluation after `state.step` finished steps, when it is due."""
         every = self.config.every_steps
         is_due = state.step == self.total_steps or (every > 0 and state.step % every == 0)
         return self.evaluate() if is_due else Evaluation()
 
+    @heartbeat.phase("evaluate")
     def evaluate(self) -> Evaluation:
-        """Answer every held-out prompt greedily and compare with its answer."""
+        """Answer every held-out prompt, greedily and as often as its set asks, and score the answers."""
         with self._memory.generating():
-            completions = self._engine.generate(self._requests)
+            answered = iter(self._engine.generate([request for held_out in self.sets for request in held_out.requests]))
+        found = Evaluation()
+        with self._memory.scoring() if self._has_models else contextlib.nullcontext():
+            for held_out in self.sets:
+                completions = list(islice(answered, len(held_out.requests)))
+                one = self._judged(held_out, completions)
+                found = Evaluation(found.metrics + one.metrics, found.samples + one.samples)
+        return found
+
+    @property
+    def _has_models(self) -> bool:
+        return any(isinstance(term.scorer, ModelScorer) for held_out in self.sets for term in held_out.terms)
+
+    def _judged(self, held_out: HeldOut, completions: Sequence[Completion]) -> Evaluation:
+        prompts = held_out.rows
         texts = [self._tokenizer.decode_response(completion.token_ids) for completion in completions]
-        scores = ExactAnswer().score(self._prompts, completions, texts)
-        count = float(len(scores))
-        metrics = Metrics(
-            {
-                "eval/accuracy": Metric(sum(scores), count),
-                "eval/response_length": Metric(float(sum(len(c.token_ids) for c in completions)), count),
-                "eval/truncated_share": Metric(float(sum(c.finish_reason == "length" for c in completions)), count),
-            }
-        )
+        columns = [self._scores(held_out, term, prompts, completions, texts) for term in held_out.terms]
+        facts = collectives.gather_json(facts_of(completions, columns), groups.group(self._layout, "dp"))
         samples = [
-            {"kind": "eval", "prompt": prompt.text, "response": text, "answer": prompt.answer, "accuracy": score}
-            for prompt, text, score in zip(self._prompts, texts, scores)
+            _sample(held_out, prompt, completion, text, scores)
+            for prompt, completion, text, *scores in zip(prompts, completions, texts, *columns, strict=True)
         ]
-        return Evaluation(metrics.reduced(partial(collectives.gather_json, group=groups.group(self._layout, "dp"))), samples)
+        return Evaluation(summary(held_out.config, [row for part in facts for row in part]), [samples])
+
+    def _scores(
+        self, held_out: HeldOut, term: Term, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
+    ) -> list[float]:
+        """One score a completion. A mixture's experts are shared by data ranks, so that all compute equally many rows."""
+        scorer, who = term.scorer, f"metric {held_out.prefix}{term.name}"
+        missing = held_out.num_rows - len(completions) if isinstance(scorer, ModelScorer) else 0
+        padded = [[*column, *[fill] * missing] for column, fill in zip((prompts, completions, texts), (*FILLER, ""), strict=True)]
+
+        def work() -> list[float]:
+            return checked(who, scorer.score(*padded), padded[1]) if padded[1] else []
+
+        return self._shared(term.runs_once, work)[: len(completions)]
+
+
+def _sample(held_out: HeldOut, prompt: Prompt, completion: Completion, text: str, scores: Sequence[float]) -> dict:
+    name = {} if held_out.config.name == SHORT else {"set": held_out.config.name, "sample": completion.sample_index}
+    judged = dict(zip(metric_names(held_out.config), scores, strict=True))
+    return {"kind": "eval", **name, "prompt": prompt.text, "response": text, "answer": prompt.answer, **judged}

@@ -6,70 +6,80 @@ from dataclasses import dataclass, field
 
 from megarl.data.batching import pack, padded_length
 from megarl.data.tokenizers import Tokenizer
-from megarl.errors import MegarlError, error_kinds
 from megarl.parallel import collectives, device, groups
 from megarl.parallel.layout import ParallelLayout
+from megarl.ppo.scoring import ScoredAhead, SharedScoring
 from megarl.records import Completion, Prompt, RolloutBatch, Trajectory
 from megarl.rewards.constant import ConstantAlarm
+from megarl.rewards.model import ModelScorer
 from megarl.rewards.scorer import WeightedSum
+from megarl.rollout.engine import OnFinished
 
 TOKENS_A_TENSOR_RANK = 8  # T is a multiple of this on every tensor-parallel rank: aligned for tensor cores
+FILLER = Prompt(-1, (0,)), Completion(-1, 0, (0,), (0.0,), "stop", 0)  # whose score nobody reads
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores and packs the completions of one data-parallel replica. Both methods are entered by every rank of the world."""
+    """Scores and packs the completions of one data-parallel replica. All methods but `samples` are entered by every rank of the world."""
 
     rewards: WeightedSum
     tokenizer: Tokenizer
     layout: ParallelLayout
     alarm: ConstantAlarm = field(default_factory=ConstantAlarm)
+    ahead: ScoredAhead | None = None  # None: nothing is scored before all responses are there
+
+    @property
+    def on_finished(self) -> OnFinished | None:
+        """What the sampler shall call when a response is finished while others are not."""
+        return self.ahead.early.take if self.ahead is not None else None
 
     def trajectories(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Trajectory]:
-        """One trajectory a completion; completions come prompt by prompt, equally many for each.
+        """One trajectory a completion; completions come prompt by prompt, equally many for each. Data ranks may have more or fewer.
 
         Raises `RewardError` on every rank when any rank's reward is not finite, naming the prompt and the rank.
         """
-        samples = len(completions) // len(prompts)
+        samples = len(completions) // max(1, len(prompts))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        trajectories = self.rewards.judge(repeated, completions, self.tokenizer, self._scored)
+        found = self.ahead.gathered() if self.ahead is not None else {}
+        shared, num_own = SharedScoring(self.layout), len(completions)
+        filler = [FILLER] * self._num_missing(num_own)
+        repeated += [prompt for prompt, _ in filler]
+        rows = [*completions, *(completion for _, completion in filler)]
+
+        def run(runs_once: bool, work: Callable[[], list[float]]) -> list[float]:
+            return shared(runs_once, work if rows else list)
+
+        return self.rewards.judge(repeated, rows, self.tokenizer, run, found)[:num_own]
+
+    def _num_missing(self, num_rows: int) -> int:
+        """Rows to add for a reward model: the experts of a mixture are shared by data ranks, so that all compute equally many."""
+        if not any(isinstance(term.scorer, ModelScorer) for term in self.rewards.terms):
+            return 0
+        return max(collectives.gather_json(num_rows, groups.group(self.layout, "dp"))) - num_rows
+
+    def watch(self, trajectories: Sequence[Trajectory]) -> None:
+        """Warn of a reward that has been the same for all responses of many steps. Called once a step, with what is learned from."""
         spans = collectives.gather_json(self.alarm.spans(trajectories), groups.group(self.layout, "dp"))
         for warning in self.alarm.after_step(spans):
             if self.layout.rank == 0:
                 print(f"megarl: warning: {warning}", file=sys.stderr)
-        return trajectories
 
-    def _scored(self, runs_once: bool, work: Callable[[], list[float]]) -> list[float]:
-        """What `work` returns: on each rank, or on the first rank of the replica, which tells the others. An error is raised everywhere."""
-        # A reward model communicates inside its replica only, and all ranks of a replica fail alike.
-        scoring = (lambda: self._once(work)) if runs_once else work
-        return collectives.together(scoring, groups.group(self.layout, "world"))
+    def pack(self, trajectories: Sequence[Trajectory], places: Sequence[int], policy_version: int = 0) -> RolloutBatch:
+        """The padded batch on this rank's device; every data rank has equally many samples.
 
-    def _once(self, work: Callable[[], list[float]]) -> list[float]:
-        scores, error = None, None
-        if self.layout.rank == self.layout.ranks_along("model")[0]:
-            try:
-                scores = work()
-            except MegarlError as failure:
-                error = [type(failure).__name__, str(failure)]
-        told = [scores, error]
-        for axis in ("tp", "cp", "pp"):  # its neighbours along tp first, then those of all of them along cp, then pp
-            told = collectives.broadcast_json(told, self.layout.ranks_along(axis)[0], groups.group(self.layout, axis))
-        scores, error = told
-        if error is not None:
-            raise error_kinds()[error[0]](error[1])
-        return scores
-
-    def pack(self, trajectories: Sequence[Trajectory], num_prompts: int) -> RolloutBatch:
-        """The padded batch on this rank's device. `num_prompts` of this data rank; every data rank has equally many samples."""
+        `places` says of each prompt, in the order of the trajectories, where it stands among those of all data ranks; the ages of tokens
+        count back from `policy_version`.
+        """
         longest = max(len(t.prompt.token_ids) + len(t.completion.token_ids) for t in trajectories)
         lengths = collectives.gather_json(longest, groups.group(self.layout, "dp"))
-        samples, first = len(trajectories) // num_prompts, self.layout.data_offset(len(trajectories))
-        sample_ids = range(first, first + len(trajectories))
+        samples = len(trajectories) // len(places)
+        sample_ids = [place * samples + index for place in places for index in range(samples)]
         length = padded_length(lengths, TOKENS_A_TENSOR_RANK * self.layout.tensor)
         group_ids = [sample_id // samples for sample_id in sample_ids]
         batch = collectives.together(
-            lambda: pack(trajectories, self.tokenizer.pad_id, length, sample_ids, group_ids), groups.group(self.layout, "world")
+            lambda: pack(trajectories, self.tokenizer.pad_id, length, sample_ids, group_ids, policy_version),
+            groups.group(self.layout, "world"),
         )
         return batch.to(device.device())
 

@@ -11,7 +11,6 @@ from megarl.ppo.credit import assign_credit, observe_rewards
 from megarl.ppo.kl import next_kl_coef
 from megarl.ppo.minibatches import minibatches
 from megarl.ppo.parts import Parts
-from megarl.rollout.engine import make_requests
 
 
 def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
@@ -23,18 +22,14 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
     parts.parity.at_start(state)
     parts.log.start(state.step)
     baseline = parts.evaluator.at_start(state)
-    parts.log.write(state.step, baseline.metrics, baseline.samples)
+    parts.log.write(state.step, baseline.metrics, *baseline.samples)
     while state.step < run.ppo.total_steps and not parts.checkpoints.is_draining:
         metrics = StepMetrics()
-        # act: sample responses from the current policy
-        prompts = parts.prompts.from_position(state.prompts_consumed, run.rollout.prompts_per_step, run.seed, layout)
-        with parts.memory.generating(), metrics.time("generate"):
-            requests = make_requests(prompts, run.rollout, parts.stop_token_ids, (run.seed, state.step), layout.data_offset(len(prompts)))
-            completions = parts.engine.generate(requests)
-        # judge and look back: the reward, and what every model says about the same tokens
+        # act and judge: responses of the current policy, and what they earned
+        harvest = parts.harvester.gather(state, parts.judge, metrics)
+        # look back: what every model says about the same tokens
         with parts.memory.scoring(), metrics.time("score"):
-            trajectories = parts.judge.trajectories(prompts, completions)
-            rollout = parts.judge.pack(trajectories, len(prompts))
+            rollout = parts.judge.pack(harvest.trajectories, harvest.places, state.policy_version)
             old_logprobs = parts.actor.logprobs(rollout)
             metrics += parts.parity.check(rollout, old_logprobs)
             ref_logprobs = parts.reference.logprobs(rollout, old_logprobs)
@@ -49,18 +44,22 @@ def train(run: PpoRun, layout: ParallelLayout, parts: Parts) -> TrainState:
                 metrics += parts.critic.update(minibatch)
                 if is_policy_updated:
                     metrics += parts.actor.update(minibatch, state.kl_coef)
+        parts.reference.refresh(state.step + 1)
         # publish: the sampler gets the new policy before the next step
         with parts.memory.publishing(), metrics.time("publish"):
             parts.weight_sync.push(parts.actor, version=state.policy_version + is_policy_updated)
         # keep: one reduction makes the step's numbers the same on all ranks
-        metrics += describe(experience, parts.reference.estimator, state.kl_coef, run.critic is not None) + describe_rewards(trajectories)
+        metrics += describe(experience, parts.reference.estimator, state.kl_coef, run.critic is not None) + describe_rewards(
+            harvest.trajectories
+        )
         report = metrics.reduced(partial(collectives.gather_json, group=data_group))
         observed_kl = report.get("kl/token_mean", Metric(0.0)).value
         kl_coef = next_kl_coef(state.kl_coef, observed_kl, len(rollout) * layout.data, run.ppo.kl)
-        state = state.advance(run.rollout.prompts_per_step, kl_coef, is_policy_updated, rewards_seen)
+        state = state.advance(harvest.num_prompts, kl_coef, is_policy_updated, rewards_seen)
         evaluation = parts.evaluator.after_step(state)
-        parts.log.write(state.step, report + evaluation.metrics, parts.judge.samples(trajectories, run.log.samples), evaluation.samples)
-        if parts.checkpoints.due(state):
+        report += evaluation.metrics
+        parts.log.write(state.step, report, parts.judge.samples(harvest.trajectories, run.log.samples), *evaluation.samples)
+        if parts.checkpoints.due(state, report):
             with parts.memory.saving():
-                parts.checkpoints.save(state, parts.checkpointables, report + evaluation.metrics)
+                parts.checkpoints.save(state, parts.checkpointables, report)
     return state

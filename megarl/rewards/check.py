@@ -17,13 +17,13 @@ CAN_PASS = ("exact", "numeric", "math", "regex", "code", "function", "http")  # 
 KNOBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "exact": ((), ()),
     "numeric": ((), ("tolerance",)),
-    "math": ((), ("timeout_s",)),
+    "math": ((), ("overlap", "timeout_s")),
     "regex": (("pattern",), ()),
     "length": (("target",), ()),
     "repetition": ((), ("ngram",)),
-    "function": (("function",), ("timeout_s",)),
-    "http": (("urls",), ("hosts", "per_request", "timeout_s", "token_file")),
-    "code": ((), ("timeout_s", "accept")),
+    "function": (("function",), ("overlap", "timeout_s")),
+    "http": (("urls",), ("hosts", "overlap", "per_request", "timeout_s", "token_file")),
+    "code": ((), ("accept", "overlap", "timeout_s")),
     "model": (("path",), ("shape",)),
 }
 MEANING = {

@@ -23,7 +23,7 @@ class Dealer:
     """
 
     def __init__(self, layout: RolloutLayout | GeneratorLayout, group: Group):
-        self._group = group
+        self.group = self._group = group
         ranks = layout.group
         self._replicas = layout.replicas_in(ranks)
         are_samplers = isinstance(layout, RolloutLayout)
@@ -41,7 +41,7 @@ class Dealer:
         """The requests of the whole group, by data rank, and where this data rank's own are among them."""
         if len(self._data_ranks) == 1:
             return list(requests), slice(0, len(requests))
-        encoded = [[astuple(request)[:3], list(astuple(request.sampling)), request.seed] for request in requests]
+        encoded = [[astuple(request)[:3], list(astuple(request.sampling)), request.seed, request.num_sampled] for request in requests]
         replies = gather_json(encoded if self._speaks_for_data else [], self._group)
         parts = [[_request(*item) for item in replies[speaker]] for speaker in self._speakers]
         start = sum(len(part) for part in parts[: self._own])
@@ -94,9 +94,6 @@ class Dealer:
         ]
 
 
-def _request(identity: list, sampling: list, seed: int) -> RolloutRequest:
+def _request(identity: list, sampling: list, seed: int, num_sampled: int) -> RolloutRequest:
     prompt_id, sample_index, token_ids = identity
-    max_tokens, temperature, top_p, top_k, stop_token_ids = sampling
-    return RolloutRequest(
-        prompt_id, sample_index, tuple(token_ids), Sampling(max_tokens, temperature, top_p, top_k, tuple(stop_token_ids)), seed
-    )
+    return RolloutRequest(prompt_id, sample_index, tuple(token_ids), Sampling.from_list(sampling), seed, num_sampled)

@@ -4,7 +4,8 @@ A request carries its own seed, so the response to it does not depend on which g
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Protocol
 
@@ -12,14 +13,20 @@ from megarl.config import RolloutConfig
 from megarl.errors import RolloutError
 from megarl.records import Completion, Prompt, RolloutRequest, Sampling
 
+OnFinished = Callable[[RolloutRequest, Completion], None]
+"""Hears of a response that is complete while others are still being sampled; must return at once and raise nothing."""
+
 
 class Engine(Protocol):
     """A sampler living on the training ranks."""
 
     policy_version: int | None  # version of the weights it samples from; None before the first sync
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Completion]:
-        """Completions of this data rank's requests, in their order. Every rank of the rollout group calls it."""
+    def generate(self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None = None) -> list[Completion]:
+        """Completions of this data rank's requests, in their order. Every rank of the rollout group calls it.
+
+        Each rank's `on_finished` hears of some of the group's completions, together of each at most once, as soon as they are there.
+        """
         ...
 
     def wake(self, part: str) -> None:
@@ -31,31 +38,48 @@ class Engine(Protocol):
         ...
 
 
-def request_seed(run_seed: int, step: int, position: int, sample_index: int) -> int:
-    """A seed in [0, 2**63) that is a function of these four numbers alone."""
-    text = f"rollout/{run_seed}/{step}/{position}/{sample_index}"
+def request_seed(run_seed: int, step: int, position: int, sample_index: int, num_sampled: int = 0) -> int:
+    """A seed in [0, 2**63) that is a function of these numbers alone."""
+    text = f"rollout/{run_seed}/{step}/{position}/{sample_index}" + (f"/{num_sampled}" if num_sampled else "")
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def response_limit(rollout: RolloutConfig, step: int) -> int:
+    """The most tokens a response may have in a step: `max_response_tokens`, or less where `length_schedule` says so."""
+    schedule, most = rollout.length_schedule, rollout.max_response_tokens
+    if schedule is None or step >= schedule.steps:
+        return most
+    return min(most, schedule.start + (most - schedule.start) * step // schedule.steps)
+
+
 def make_requests(
-    prompts: Sequence[Prompt], rollout: RolloutConfig, stop_token_ids: Sequence[int], seed: tuple[int, int], first_position: int = 0
+    prompts: Sequence[Prompt],
+    rollout: RolloutConfig,
+    stop_token_ids: Sequence[int],
+    seed: tuple[int, int],
+    first_position: int = 0,
+    with_greedy: bool = False,
 ) -> list[RolloutRequest]:
     """`samples_per_prompt` requests for each prompt, samples of one prompt side by side. `seed` is (run seed, step).
 
     `first_position` is where `prompts[0]` stands among the prompts of all data ranks. Seeds follow the position, not the prompt: where
-    one epoch ends and the next begins, a prompt may stand twice in a step.
+    one epoch ends and the next begins, a prompt may stand twice in a step. `with_greedy`: behind the samples of each prompt, with the next
+    index, the request for its likeliest response.
     """
-    sampling = Sampling(max_tokens=rollout.max_response_tokens, temperature=rollout.temperature, stop_token_ids=tuple(stop_token_ids))
+    limit, ends = response_limit(rollout, seed[1]), (tuple(stop_token_ids), rollout.stop_strings)
+    sampled = Sampling(limit, rollout.temperature, stop_token_ids=ends[0], stop_strings=ends[1])
+    kinds = [sampled] * rollout.samples_per_prompt + [replace(sampled, temperature=0.0)] * with_greedy
     return [
         RolloutRequest(prompt.prompt_id, index, prompt.token_ids, sampling, request_seed(*seed, position, index))
         for position, prompt in enumerate(prompts, first_position)
-        for index in range(rollout.samples_per_prompt)
+        for index, sampling in enumerate(kinds)
     ]
 
 
 def make_greedy_requests(prompts: Sequence[Prompt], rollout: RolloutConfig, stop_token_ids: Sequence[int]) -> list[RolloutRequest]:
     """One request for each prompt that takes the likeliest token at every position, as evaluation does."""
-    sampling = Sampling(max_tokens=rollout.max_response_tokens, temperature=0.0, stop_token_ids=tuple(stop_token_ids))
+    ends = {"stop_token_ids": tuple(stop_token_ids), "stop_strings": rollout.stop_strings}
+    sampling = Sampling(max_tokens=rollout.max_response_tokens, temperature=0.0, **ends)
     return [RolloutRequest(prompt.prompt_id, 0, prompt.token_ids, sampling, 0) for prompt in prompts]
 
 
@@ -98,8 +122,9 @@ def _fault(request: RolloutRequest, completion: Completion, vocab_size: int) -> 
     wrong = next((value for value in logprobs if not math.isfinite(value) or value > 1e-3), None)
     if wrong is not None:
         return f"log-probability {wrong}; expected a finite number that is not positive"
-    stops = completion.token_ids[-1] in request.sampling.stop_token_ids
-    if completion.finish_reason not in ("stop", "length") or stops != (completion.finish_reason == "stop"):
+    stops, is_stop = completion.token_ids[-1] in request.sampling.stop_token_ids, completion.finish_reason == "stop"
+    by_text = is_stop and bool(request.sampling.stop_strings)  # which `text_stops` looks at
+    if completion.finish_reason not in ("stop", "length") or (stops != is_stop and not by_text):
         return f"finish reason {completion.finish_reason!r} after last token {tokens[-1]} (stop tokens {request.sampling.stop_token_ids})"
     if completion.finish_reason == "length" and len(tokens) != limit:
         return f"cut at {len(tokens)} tokens; the limit is {limit}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import select
 import socket
 import tempfile
 import time
@@ -28,6 +29,8 @@ class Peer:
         self.name, self.pid, self._channel, self._ending = name, pid, channel, ending
         channel.name = name
         self._next, self._answers = 0, {}
+        self.on_news: dict[int, Callable[[list], None]] = {}  # by question: hears what the process says before it answers
+        self._fault: MegarlError | None = None
 
     def ask(self, do: str, **fields: Any) -> int:
         """Send a message; the number under which `answer` finds its answer."""
@@ -40,14 +43,36 @@ class Peer:
         """The answer to question `number`. Raises what the process raised, or `RolloutError` when it is gone or late; both name it."""
         deadline = time.monotonic() + timeout_s
         while number not in self._answers:
-            with self._explained():
-                message = self._channel.receive(max(0.01, deadline - time.monotonic()))
-            self._answers[message["id"]] = message
+            if self._fault is not None:
+                raise self._fault
+            self.take(max(0.01, deadline - time.monotonic()))
         message = self._answers.pop(number)
+        self.on_news.pop(number, None)
         if "error" in message:
             kind, text = message["error"]
             raise error_kinds().get(kind, RolloutError)(f"{self.name}: {text}")
         return message["ok"]
+
+    def has_answer(self, number: int) -> bool:
+        """Whether the answer to question `number` has been taken."""
+        return number in self._answers
+
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._channel.fileno()
+
+    def take(self, timeout_s: float) -> None:
+        """Take the next message, an answer or news. Raises as `answer` does, which raises it again."""
+        try:
+            with self._explained():
+                message = self._channel.receive(timeout_s)
+        except MegarlError as error:
+            self._fault = error
+            raise
+        if "news" not in message:
+            self._answers[message["id"]] = message
+        elif message["id"] in self.on_news:
+            self.on_news[message["id"]](message["news"])
 
     @contextlib.contextmanager
     def _explained(self):
@@ -87,6 +112,7 @@ class Generators:
 def wait_for(questions: Sequence[tuple[Peer, int]], timeout_s: float) -> list[dict[str, Any]]:
     """The answers, in order. Raises the first failure, having heard the others out."""
     deadline, answers, fault = time.monotonic() + timeout_s, [], None
+    _hear(questions, deadline)
     for peer, number in questions:
         try:
             answers.append(peer.answer(number, 1.0 if fault else max(0.01, deadline - time.monotonic())))
@@ -95,6 +121,19 @@ def wait_for(questions: Sequence[tuple[Peer, int]], timeout_s: float) -> list[di
     if fault is not None:
         raise fault
     return answers
+
+
+def _hear(questions: Sequence[tuple[Peer, int]], deadline: float) -> None:
+    """Take messages as they come, so that nobody's news wait behind the answer of another; until all have answered, or one fails."""
+    while waiting := dict.fromkeys(peer for peer, number in questions if not peer.has_answer(number)):
+        ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))
+        for peer in ready:
+            try:
+                peer.take(max(0.01, deadline - time.monotonic()))
+            except MegarlError:
+                return
+        if not ready:
+            return
 
 
 def start_here(first_replica: int, devices: Sequence[tuple[int, ...]]) -> Generators:

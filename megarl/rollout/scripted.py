@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from megarl.records import Completion, RolloutRequest
+from megarl.rollout.engine import OnFinished
 
 
 class ScriptedEngine:
@@ -12,8 +13,13 @@ class ScriptedEngine:
         self.script = script
         self.policy_version: int | None = 0
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Completion]:
-        return [self._answer(request) for request in requests]
+    def generate(self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None = None) -> list[Completion]:
+        completions = []
+        for request in requests:
+            completions.append(self._answer(request))
+            if on_finished is not None:
+                on_finished(request, completions[-1])
+        return completions
 
     def _answer(self, request: RolloutRequest) -> Completion:
         tokens, logprobs = self.script(request)

@@ -7,6 +7,7 @@ all of them. Weights come through `bridge.separate_sync.SeparateSync`.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from megarl.config import RolloutConfig
 from megarl.errors import RolloutError
 from megarl.models.family import ModelSpec
 from megarl.parallel import device, groups
-from megarl.parallel.collectives import gather_json, meet, together
+from megarl.parallel.collectives import Group, gather_json, meet, together
 from megarl.parallel.layout import ParallelLayout
 from megarl.records import Completion, RolloutRequest
 from megarl.rollout.children import devices_of
 from megarl.rollout.dealing import Dealer
-from megarl.rollout.engine import check_completions, check_requests
+from megarl.rollout.engine import OnFinished, check_completions, check_requests
 from megarl.rollout.generators import JOIN_FILE, START_TIMEOUT_S, Generators, Peer, start_here, this_host, wait_for, wait_for_joining
 from megarl.rollout.placement import GeneratorLayout
 from megarl.rollout.worker import request_to_json
@@ -89,15 +90,22 @@ class SeparateEngine:
 
     # --- sampling ---
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Completion]:
+    @property
+    def group(self) -> Group:
+        """The ranks whose responses a rank may sample."""
+        return self._dealer.group
+
+    def generate(self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None = None) -> list[Completion]:
         """Completions of this data rank's requests, in their order. Every rank calls it with its own.
+
+        `on_finished` hears of what the generators sampled that this rank speaks for.
 
         Ranks of one data-parallel replica pass equal requests. Raises `RolloutError` before the first sync, for a request that does
         not fit, for an answer that is not a completion, and for a generator that is gone.
         """
-        return self.collect(self.submit(requests))
+        return self.collect(self.submit(requests, on_finished))
 
-    def submit(self, requests: Sequence[RolloutRequest]) -> Underway:
+    def submit(self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None = None) -> Underway:
         """Start sampling and return at once; weights may be pushed before `collect`. Every rank calls it."""
         self._num_generations += 1
         meet(f"generation {self._num_generations}", self._world, self.timeout_s, key=f"generation/{self._serial}/{self._num_generations}")
@@ -108,11 +116,17 @@ class SeparateEngine:
         hands = self._dealer.hands(everyone)
 
         def ask() -> list[tuple[Peer, int]]:
-            return [
-                (peer, peer.ask("generate", requests=[request_to_json(request) for request in hand]))
+            tells = on_finished is not None
+            questions = [
+                (peer, peer.ask("generate", requests=[request_to_json(request) for request in hand], tells=tells))
                 for index, hand in enumerate(hands)
                 for peer in self.generators.of(index)
             ]
+            dealt = [hand for hand in hands for _ in range(self.tensor)]
+            for (peer, number), hand in zip(questions, dealt, strict=True):
+                if on_finished is not None:
+                    peer.on_news[number] = partial(_tell, hand, on_finished)
+            return questions
 
         return Underway(everyone, own, hands, together(ask, self._world))
 
@@ -164,6 +178,11 @@ class SeparateEngine:
     def close(self) -> None:
         """Dismiss the generators."""
         self.generators.close()
+
+
+def _tell(hand: Sequence[RolloutRequest], on_finished: OnFinished, news: Sequence[list]) -> None:
+    for index, item in news:
+        on_finished(hand[index], completion_from_json(item))
 
 
 def completion_from_json(item: list) -> Completion:

@@ -3,6 +3,7 @@
 Prompts are dealt and completions gathered inside a rollout group (`parallel.layout.RolloutLayout`), never across the world.
 """
 
+import contextlib
 import json
 import tempfile
 import weakref
@@ -17,12 +18,13 @@ from megarl.config import RolloutConfig
 from megarl.errors import ConfigError, RolloutError
 from megarl.models.family import FAMILIES, ModelSpec
 from megarl.parallel import device, groups
-from megarl.parallel.collectives import broadcast_json, gather_json
+from megarl.parallel.collectives import Group, broadcast_json, gather_json
 from megarl.parallel.layout import RolloutLayout
 from megarl.records import Completion, RolloutRequest
 from megarl.rollout import vllm_platform
+from megarl.rollout.check import num_under_way
 from megarl.rollout.dealing import Dealer
-from megarl.rollout.engine import check_completions, check_requests
+from megarl.rollout.engine import OnFinished, check_completions, check_requests
 
 vllm_platform.import_vllm()
 
@@ -85,7 +87,7 @@ class VllmEngine:
         (folder / "config.json").write_text(json.dumps(self.spec.hf_config | stated))
 
     def _arguments(self, rollout: RolloutConfig, precision: str) -> dict:
-        requests = rollout.prompts_per_step * rollout.samples_per_prompt
+        requests = num_under_way(rollout) * rollout.samples_per_prompt
         max_num_seqs = min(1024 if device.is_cuda() else 256, max(16, -(-requests // self.layout.num_replicas)))
         arguments = {
             "load_format": LOAD_FORMAT,
@@ -115,10 +117,16 @@ class VllmEngine:
 
     # --- sampling ---
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Completion]:
+    @property
+    def group(self) -> Group:
+        """The ranks whose responses a rank may sample."""
+        return self._dealer.group
+
+    def generate(self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None = None) -> list[Completion]:
         """Completions of this data rank's requests, in their order. Every rank of the rollout group calls it with its own.
 
-        Ranks of one data-parallel replica pass equal requests. Raises `RolloutError` before the first sync, for a request that does
+        Ranks of one data-parallel replica pass equal requests. `on_finished` hears, on the first rank of a replica, of what the replica
+        sampled. Raises `RolloutError` before the first sync, for a request that does
         not fit, and for an answer that is not a completion.
         """
         if self.policy_version is None:
@@ -132,20 +140,29 @@ class VllmEngine:
         fault = None
         try:
             with device.preserved_random_state():
-                sampled = self._sample(hand) if hand else []
+                sampled = self._sample(hand, on_finished if self.layout.is_leader else None) if hand else []
             check_completions(hand, sampled, self.spec.vocab_size)
         except RolloutError as error:
             fault = error
         self._dealer.agree(fault)
         return self._dealer.collect([sampled], everyone)[own]
 
-    def _sample(self, requests: Sequence[RolloutRequest]) -> list[Completion]:
-        prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+    def _sample(self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None) -> list[Completion]:
+        engine, outputs = self._llm.llm_engine, {}
         parameters = [_sampling_parameters(request) for request in requests]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        for index, (request, sampling) in enumerate(zip(requests, parameters, strict=True)):
+            engine.add_request(str(index), {"prompt_token_ids": list(request.token_ids)}, sampling)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    index = int(output.request_id.partition("-")[0])
+                    outputs[index] = output
+                    if on_finished is not None:
+                        with contextlib.suppress(RolloutError):  # raised below, when no request is left behind
+                            on_finished(requests[index], self._completion(requests[index], output))
         if len(outputs) != len(requests):
             raise RolloutError(f"vLLM returned {len(outputs)} outputs for {len(requests)} requests")
-        return [self._completion(request, output) for request, output in zip(requests, outputs)]
+        return [self._completion(request, outputs[index]) for index, request in enumerate(requests)]
 
     def _completion(self, request: RolloutRequest, output: RequestOutput) -> Completion:
         answer, logprobs = output.outputs[0], output.outputs[0].logprobs

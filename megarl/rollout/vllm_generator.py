@@ -46,8 +46,9 @@ class GeneratorEngine(VllmEngine):
 
     # --- sampling, step by step ---
 
-    def submit(self, batch: int, requests: Sequence[RolloutRequest]) -> None:
-        """Queue requests; their completions come from `step` together, under the number `batch`.
+    def submit(self, batch: int, requests: Sequence[RolloutRequest], tells: bool = False) -> None:
+        """Queue requests; their completions come from `step` together, under the number `batch`, and before that one by one from `news`
+        where it `tells`.
 
         Raises `RolloutError` before the first sync and for a request that does not fit.
         """
@@ -55,7 +56,7 @@ class GeneratorEngine(VllmEngine):
             raise RolloutError("the sampler has no weights yet; push the actor's weights before generating")
         check_requests(requests, self.max_len)
         parameters = [_sampling_parameters(request) for request in requests]
-        self._batches[batch] = _Batch(list(requests))
+        self._batches[batch] = _Batch(list(requests), tells)
         for index, (request, sampling) in enumerate(zip(requests, parameters)):
             self._llm.llm_engine.add_request(f"{batch}/{index}", {"prompt_token_ids": list(request.token_ids)}, sampling)
 
@@ -75,6 +76,13 @@ class GeneratorEngine(VllmEngine):
             check_completions(requests, completions, self.spec.vocab_size)
         return done
 
+    def news(self) -> dict[int, list[tuple[int, Completion]]]:
+        """What has been completed since the last call in batches that are not complete yet: position in the batch, and completion."""
+        found = {number: [(place, batch.found[place]) for place in batch.untold] for number, batch in self._batches.items() if batch.untold}
+        for number in found:
+            self._batches[number].untold.clear()
+        return found
+
     def forget_batches(self) -> list[int]:
         """Abort everything; the numbers of the batches that will not be answered."""
         numbers = list(self._batches)
@@ -87,6 +95,8 @@ class GeneratorEngine(VllmEngine):
             number, _, index = output.request_id.partition("/")
             batch, place = self._batches[int(number)], int(index.partition("-")[0])
             batch.found[place] = self._with_versions(self._completion(batch.requests[place], output), output)
+            if batch.tells:
+                batch.untold.append(place)
 
     @staticmethod
     def _with_versions(completion: Completion, output: RequestOutput) -> Completion:
@@ -141,8 +151,9 @@ class GeneratorEngine(VllmEngine):
 class _Batch:
     """Requests that came together, and the completions found so far, by position."""
 
-    def __init__(self, requests: list[RolloutRequest]):
-        self.requests = requests
+    def __init__(self, requests: list[RolloutRequest], tells: bool):
+        self.requests, self.tells = requests, tells
+        self.untold: list[int] = []
         self.found: dict[int, Completion] = {}
 
     @property

@@ -16,14 +16,14 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarl.config import ParallelConfig, RolloutConfig
 from megarl.errors import MegarlError, RolloutError
-from megarl.records import RolloutRequest, Sampling
+from megarl.records import Completion, RolloutRequest, Sampling
 from megarl.rollout.children import Children, Replica, devices_of
 from megarl.rollout.control import Channel, connect, read_private, write_private
 
@@ -146,9 +146,9 @@ class Rank:
         self.engine.publish(version)
         return {"version": self.engine.policy_version}
 
-    def _generate(self, requests: list, number: int) -> None:
-        """Answered when the last response is complete."""
-        self.engine.submit(number, [request_from_json(item) for item in requests])
+    def _generate(self, requests: list, number: int, tells: bool) -> None:
+        """Answered when the last response is complete; with `tells`, each is news before."""
+        self.engine.submit(number, [request_from_json(item) for item in requests], tells and self.rank == 0)
 
     def _step(self) -> None:
         try:
@@ -157,21 +157,28 @@ class Rank:
             for number in list(self.engine.forget_batches()):
                 self._reply(number, error=[type(error).__name__, str(error)])
             return
+        for number, finished in self.engine.news().items():
+            self._reply(number, news=[[place, _without_numbers(completion)] for place, completion in finished])
         for number, completions in done.items():
             told = [list(astuple(completion)) for completion in completions] if self.rank == 0 else []
             self._reply(number, ok={"completions": told})
 
 
+def _without_numbers(completion: Completion) -> list:
+    """A completion as text is judged by: what is wrong with its log-probabilities, the answer says."""
+    return list(astuple(replace(completion, rollout_logprobs=())))
+
+
 def request_to_json(request: RolloutRequest) -> list:
     """What `request_from_json` reads."""
-    return [request.prompt_id, request.sample_index, request.token_ids, list(astuple(request.sampling)), request.seed]
+    sampling = list(astuple(request.sampling))
+    return [request.prompt_id, request.sample_index, request.token_ids, sampling, request.seed, request.num_sampled]
 
 
 def request_from_json(item: list) -> RolloutRequest:
     """A request as a control message holds it."""
-    prompt_id, sample_index, token_ids, (max_tokens, temperature, top_p, top_k, stop_token_ids), seed = item
-    sampling = Sampling(max_tokens, temperature, top_p, top_k, tuple(stop_token_ids))
-    return RolloutRequest(prompt_id, sample_index, tuple(token_ids), sampling, seed)
+    prompt_id, sample_index, token_ids, sampling, seed, num_sampled = item
+    return RolloutRequest(prompt_id, sample_index, tuple(token_ids), Sampling.from_list(sampling), seed, num_sampled)
 
 
 # --- generators for a trainer elsewhere ---

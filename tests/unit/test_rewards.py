@@ -3,9 +3,10 @@ import pytest
 from megarl.data.tokenizers import load_tokenizer
 from megarl.errors import RewardError
 from megarl.records import Completion, Prompt
+from megarl.rewards.check import distinct_names
 from megarl.rewards.exact import ExactAnswer, normalise
 from megarl.rewards.model import ModelScorer
-from megarl.rewards.scorer import Term, WeightedSum, distinct_names
+from megarl.rewards.scorer import Term, WeightedSum
 from tests.unit.text_files import character_tokenizer_directory
 
 

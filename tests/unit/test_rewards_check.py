@@ -59,7 +59,7 @@ def test_every_kind_that_is_no_model_is_built(tmp_path):
         if kind == "math":
             pytest.importorskip("math_verify")
         run = load_run("ppo", write_run(tmp_path), [f"rewards=[{{kind: {kind}, {knobs}}}]", "reward_hook=json:loads"])
-        scorer: Scorer = build_scorer(0, run.rewards[0], run)
+        scorer: Scorer = build_scorer("rewards.0", run.rewards[0], run)
         assert callable(scorer.score), kind
     assert build_hook(run) is not None
 
@@ -107,5 +107,5 @@ def test_the_examples_of_the_docs_are_right(tmp_path):
         assert list(reward_faults(run)) == []
         if run.reward_hook is not None:
             rows = scorer_rows(["a" * 500, "a" * 1500])
-            scores = build_scorer(0, run.rewards[0], run).score(*rows)
+            scores = build_scorer("rewards.0", run.rewards[0], run).score(*rows)
             assert scores == [-0.5, -1.5] and build_hook(run)(*rows, scores, {"function": scores}) == [0.5, -0.5]
