@@ -84,7 +84,13 @@ def run_inspect(parsed: argparse.Namespace) -> int:
     limit = data.max_prompt_tokens if isinstance(data, PromptData) else data.max_tokens
     if parsed.json:
         told = {"use": use, "files": [str(source.path) for source in data.files()], "tokenizer": str(tokenizer.path), "limit": limit}
-        print(json.dumps(told | asdict(found) | {"histogram": found.histogram()}, indent=1, ensure_ascii=False))
+        print(
+            json.dumps(
+                told | vars(found) | {"examples": [asdict(one) for one in found.examples], "histogram": found.histogram()},
+                indent=1,
+                ensure_ascii=False,
+            )
+        )
     else:
         _show(found, data.files(), "characters" if path is None else f"tokens of {path.name}", limit)
     if found.faults:
