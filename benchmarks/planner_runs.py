@@ -1,4 +1,4 @@
-"""Real training steps on this host's ranks, with the bytes they allocate and send: what `benchmarks.planner` compares plans with."""
+"""Real training steps on this host's ranks, with the bytes they allocate and send, to compare plans with."""
 
 import ctypes
 from collections import Counter

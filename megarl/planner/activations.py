@@ -1,7 +1,7 @@
 """Bytes of activations: what a layer keeps for its backward, what passes through it, what the head takes. Pure.
 
 `local` layers are Megatron's own with our norm and attention; the numbers are what autograd saves, counted tensor by tensor
-(`benchmarks/planner.py` compares them with measured bytes). `fused` layers are Transformer Engine's, counted in the same way from what
+(`benchmarks/planner_runs.py` measures bytes of real steps). `fused` layers are Transformer Engine's, counted in the same way from what
 its modules save (norm and projection in one, flash attention, SwiGLU from its input).
 
 Axis letters: per token, H hidden width, Q/K/V rows of the projections, F feed-forward width, k experts a token.
