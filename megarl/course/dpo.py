@@ -72,7 +72,8 @@ class Preferring(Lesson):
 def preference_loss(logprobs: Tensor, rows: ReferencedPairs, denominator: float, config: DpoConfig) -> tuple[Tensor, Metrics]:
     """The loss of all pairs over `denominator`, and means over the pairs; a response's reward is beta log(policy / reference).
 
-    With label smoothing e, pairs count as turned round with probability e. Shapes: `logprobs` f32[2 B] of whole responses, those of the
+    With label smoothing e, pairs count as turned round with probability e. `pair_accuracy` asks which response gained more against the
+    reference, `likelier_is_chosen` which one is likelier. Shapes: `logprobs` f32[2 B] of whole responses, those of the
     chosen of all pairs and then of the rejected. Pairs of length 0 are padding and count nothing.
     """
     is_pair = rows.lengths[:, 0] > 0
@@ -85,6 +86,7 @@ def preference_loss(logprobs: Tensor, rows: ReferencedPairs, denominator: float,
         per_pair = -(1 - config.label_smoothing) * F.logsigmoid(x) - config.label_smoothing * F.logsigmoid(-x)
     chosen, rejected = (config.beta * gains).unbind(1)
     seen = {"loss": per_pair, "pair_accuracy": margin > 0, "margin": x, "reward_chosen": chosen, "reward_rejected": rejected}
-    seen["logprob_chosen"] = rows.by_row(logprobs)[:, 0]
+    likely, unlikely = rows.by_row(logprobs).unbind(1)
+    seen |= {"likelier_is_chosen": likely > unlikely, "logprob_chosen": likely}
     metrics = {name: Metric(values.detach()[is_pair].double().sum(), is_pair.sum().double()) for name, values in seen.items()}
     return torch.where(is_pair, per_pair, 0.0).sum() / denominator, Metrics(metrics)
