@@ -23,6 +23,7 @@ _WORDS = {
 }
 _PLACEHOLDERS: dict[Any, Any] = {int: 1, float: 1.0, bool: False, str: "?", Path: "?", tuple: [], dict: {}}
 _NEAR = 0.6  # likeness below which a suggestion would only confuse
+_DEPTH = 0.15  # what a section further down costs
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def generic(name: str) -> str:
 def nearest(run_type: type[Run], name: str) -> list[str]:
     """Known names most like `name`, anywhere in the tree; several when equally near, none when nothing is near.
 
-    A name is near when it is spelt alike as a whole or when its last part is; staying in the same section counts a little more.
+    A name is near when it is spelt alike as a whole or when its last part is; staying in the same section counts a little more, and each
+    section further down a little less.
     """
     parent, _, last = generic(name).rpartition(".")
     scores: dict[str, float] = {}
@@ -82,9 +84,11 @@ def nearest(run_type: type[Run], name: str) -> list[str]:
         alike = difflib.SequenceMatcher(None, last, known_last).ratio()
         whole = difflib.SequenceMatcher(None, generic(name), known).ratio()
         closeness = 0.1 if parent == known_parent else 0.05 if parent and known_parent.startswith(f"{parent}.") else 0.0
-        scores[known] = max(alike + closeness, whole if alike > 0.4 else 0.0)
-    best = max(scores.values())
-    found = [known for known, score in scores.items() if score >= best - 1e-9] if best >= _NEAR else []
+        likeness = max(alike + closeness, whole if alike > 0.4 else 0.0)
+        if likeness >= _NEAR:
+            scores[known] = likeness - _DEPTH * max(0, known.count(".") - name.count("."))
+    best = max(scores.values(), default=0.0)
+    found = [known for known, score in scores.items() if score >= best - 1e-9]
     indexes = [part for part in name.split(".") if part.isdecimal()]
     return [known.replace("*", indexes[0] if indexes else "0") for known in found[:2]]
 

@@ -110,7 +110,7 @@ CASES = [
     ),
     Case(
         "scalar for a section",
-        (HERE + "actor: found 3; expected a section with the keys path, shape, random_init, optimizer",),
+        (HERE + "actor: found 3; expected a section with the keys path, shape, random_init, frozen_layers, optimizer",),
         ("actor=3",),
     ),
     Case("section for a scalar", (HERE + "seed: found a section with the keys a; expected a whole number",), ("seed={a: 1}",)),
