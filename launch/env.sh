@@ -19,6 +19,7 @@ else
 fi
 export MEGARL_ROOT MEGARL_PYTHON
 
+umask "${MEGARL_UMASK:-077}"                           # what a run writes is for its user alone; 027 lets the group read
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}             # a run reads local files only
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # ranks are processes already
 export VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}   # nothing is reported to anyone

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 from megarl import __version__
 from megarl.config import Run
 from megarl.config_file import to_yaml
-from megarl.errors import SetupError
+from megarl.errors import ConfigError, SetupError
 
 _PACKAGES = {
     "torch": ("torch",),
@@ -55,6 +57,14 @@ def describe_versions() -> dict[str, str]:
                 version = "installed"
             found[name] = f"{version}, active" if has_cuda else f"{version}, not active without CUDA"
     return found
+
+
+def private_umask(environment: Mapping[str, str]) -> int:
+    """The umask of a run: 077, or what MEGARL_UMASK says. Raises ConfigError where that is none."""
+    text = environment.get("MEGARL_UMASK") or "077"
+    if not re.fullmatch("[0-7]{3,4}", text):
+        raise ConfigError(f"MEGARL_UMASK is {text!r}; expected an octal number such as 027, which lets the group read")
+    return int(text, 8)
 
 
 def write_run_folder(run: Run) -> None:

@@ -86,7 +86,7 @@ def _slow() -> None:
 
 
 def _skip_collective() -> None:
-    """The next gather of this rank does not happen: it goes on with what it has, and the others wait."""
+    """The next gather of this rank does not happen: it goes on with what it has, and meets the others in the wrong exchange."""
     import torch.distributed as dist
 
     original = dist.all_gather
@@ -97,6 +97,14 @@ def _skip_collective() -> None:
             part.copy_(tensor)
 
     dist.all_gather = skipped
+
+
+def _deadlock() -> None:
+    """This rank waits for a message that nobody sends, and the others for this rank."""
+    import torch
+    import torch.distributed as dist
+
+    dist.recv(torch.zeros(1), src=(dist.get_rank() + 1) % dist.get_world_size(), tag=4711)
 
 
 def _poison() -> None:
@@ -119,6 +127,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "hang": _hang,
     "gil": _hold_interpreter,
     "slow": _slow,
+    "deadlock": _deadlock,
     "skip-collective": _skip_collective,
     "nan": _poison,
 }

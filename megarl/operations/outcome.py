@@ -23,6 +23,7 @@ Kind = Literal["done", "drained", "retry", "config-error", "data-error", "no-pro
 EXIT_CODES: dict[Kind, int] = {"done": 0, "drained": 75, "retry": 75, "config-error": 78, "data-error": 65, "no-progress": 93}
 """What a launcher that keeps exit codes ends with: 75 means that the same command will go on where this one stopped."""
 MAX_REASON = 2000
+HANG = "hang: "
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,16 @@ def record_signal(rank: int, name: str) -> None:
     run = Path(os.environ[RUN])
     before = read(run)
     known = before if before is not None and before.epoch == epoch() else Outcome("retry", epoch())
+    if known.reason.startswith(HANG):  # the node's monitor has ended the ranks, and said why
+        return
     with suppress(OSError):
         Outcome("retry", epoch(), known.iteration, f"rank {rank} was ended by {name}", rank, known.phase).write(run)
+
+
+def record_hang(run: Path, rank: int, phase: str, iteration: int, verdict: str) -> None:
+    """What the node's monitor found, before it ends the ranks."""
+    with suppress(OSError):
+        Outcome("retry", epoch(), iteration, HANG + verdict, rank, phase).write(run)
 
 
 def replace_text(path: Path, text: str) -> None:

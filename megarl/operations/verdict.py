@@ -47,7 +47,7 @@ def suspects(records: Sequence[Mapping[str, Any]], processes: Mapping[int, Proce
     """The ranks to blame for a hang, those nobody can doubt first; never empty for records of ranks that still run.
 
     A stopped process, one whose interpreter stands still, or one that is not in an exchange with others is what the others wait for. When
-    all ranks wait, one of them left an exchange out or entered another one: it is further on in the program than the rest.
+    all ranks wait, one of them left an exchange out or entered another one: the one whose place in the program few others share.
     """
     found = [(rank, reason) for rank in records if (reason := _own_fault(rank, processes.get(rank["rank"], Process("X")), now))]
     if found:
@@ -82,19 +82,20 @@ def _odd_ones(records: Sequence[Mapping[str, Any]], now: float) -> list[Suspect]
         why = f"it waits in {records[0]['collective']}, as all ranks of this host do: see the report of the other hosts"
         return [_suspect(record, now, why, is_certain=False) for record in records]
     fewest = min(len(group) for group in places.values())
-    few = [group for group in places.values() if len(group) == fewest]
-    if len(few) > 1:  # as with two ranks: the one that is further on left something out
-        few = [max(few, key=lambda group: _place(group[0]))]
-    rest = next(record for record in records if record not in few[0])
-    elsewhere = f"{rest['collective']} at {rest['sites'][-1] if rest['sites'] else 'unknown'}"
-    reason = "it waits in {} while the others wait in " + elsewhere + ": it left an exchange out, or entered one that they did not"
-    return [_suspect(record, now, reason.format(record["collective"])) for record in few[0]]
+    few = [record for group in places.values() if len(group) == fewest for record in group]  # as with two ranks: each may be the one
+    return [_suspect(record, now, _apart(record, records)) for record in sorted(few, key=lambda record: record["rank"])]
 
 
-def _place(record: Mapping[str, Any]) -> tuple:
-    """Orders ranks by how far they have come: step, then lines of the frames from the outermost."""
-    lines = [int(site.split(":")[1].split()[0]) for site in record["sites"]]
-    return (record["step"], lines)
+def _apart(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """How a rank's place differs from that of the most others."""
+    others = [
+        (other["collective"], other["sites"][-1] if other["sites"] else "?") for other in records if other["sites"] != record["sites"]
+    ]
+    exchange, site = max(others, key=others.count) if others else (record["collective"], "another step")
+    return (
+        f"it waits in {record['collective']} while others wait in {exchange} at {site}: it left an exchange out, or entered one that they"
+        " did not"
+    )
 
 
 def _suspect(record: Mapping[str, Any], now: float, why: str, is_certain: bool = True) -> Suspect:

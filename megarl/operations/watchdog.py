@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megarl.operations import heartbeat, stacks
+from megarl.operations import heartbeat, outcome, stacks
 from megarl.operations.events import NAME, EventLog
 from megarl.operations.verdict import Limits, Suspect, stragglers, suspects
 
@@ -95,6 +95,7 @@ class Watch:
             lines.append(f"megarl: stacks of all {len(running)} ranks of this host: {path}")
             stacks.flight_records(self.folder, path.parent)
         print("\n".join(lines), file=sys.stderr, flush=True)
+        outcome.record_hang(self.run, worst.rank, worst.phase, max(0, worst.step - 1), worst.words())
         first = {name: value for name, value in worst.to_json().items() if name not in ("sites", "is_certain")}
         self.events().write("hang", attempt=attempt, limit=round(limit, 1), report=str(path), **first)
         return found

@@ -1,6 +1,7 @@
 """Runs started as users start them: `launch/torchrun.sh`, real ranks, a monitor beside them, faults by the hook or from outside."""
 
 import contextlib
+import ipaddress
 import json
 import os
 import signal
@@ -56,6 +57,10 @@ class Started:
                     found = [heartbeat.read(path) for path in folder.glob("rank-*.json")]
                     return {record["rank"]: record for record in found if record}
         return {}
+
+    def descendants(self) -> list[int]:
+        """Every process of this run but the script itself."""
+        return _descendants(self.process.pid)
 
     def steps(self) -> int:
         """Finished steps, by the metrics file."""
@@ -133,3 +138,36 @@ def last_hashes(run: Path) -> dict[str, Any]:
     newest = max((run / "checkpoints").glob("step-*"))
     manifest = json.loads((newest / "manifest.json").read_text())
     return {"step": newest.name, "state": manifest["state"], "models": manifest["models"]} | manifest["files"]
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The variables a process was started with."""
+    words = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def listening(pids: list[int]) -> list[tuple[str, str]]:
+    """(command line, address) of every TCP socket that these processes listen on."""
+    addresses = {}
+    for line in [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]:
+        fields = line.split()
+        raw = bytes.fromhex(fields[1].split(":")[0])
+        if fields[3] == "0A":
+            words = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
+            addresses[fields[9]] = str(ipaddress.ip_address(words)).replace("::ffff:", "")
+    found = []
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                inode = os.readlink(descriptor).removeprefix("socket:[").rstrip("]")
+                if inode in addresses:
+                    found.append((command_of(pid), addresses[inode]))
+    return found

@@ -5,20 +5,37 @@ The fault strikes once (`MEGARL_FAULT_ONCE`); `launch/attempts.sh` does the rest
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from megarl.operations.events import read_events
+from megarl.operations.goodput import goodput
 from tests.course.lesson_files import settings, write_files
-from tests.faults.started import QUICK, Started, last_hashes, started, write_config
+from tests.faults.started import QUICK, Started, command_of, environment_of, last_hashes, listening, started, write_config
 
 STEPS, EVERY = 8, 2
-DETECT_S, AGAIN_S = 5.0, 30.0  # the goals on a machine of this run's own
+CANARY = "7b1f5e0c9a"
+SECRETS = ("MEGARL_REWARD_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY")
 
 
 def struck(phase: str, rank: int, iteration: int, action: str, marker: Path) -> dict[str, str]:
     """The environment of a fault that strikes once."""
     return {"MEGARL_FAULT": f"{phase}:{rank}:{iteration}:{action}", "MEGARL_ALLOW_FAULTS": "1", "MEGARL_FAULT_ONCE": str(marker)}
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run that was stopped and ended well: what was seen of it meanwhile."""
+
+    run: Started
+    sockets: list[tuple[str, str]]  # (command, address) of everything that listened
+    commands: list[str]
+    offline: set[str | None]  # HF_HUB_OFFLINE of the ranks
+    seconds: float
+    detected_s: float
+    again_s: float
 
 
 class Lessons:
@@ -61,9 +78,7 @@ def check(lessons: Lessons, phase: str, rank: int, iteration: int, action: str =
     assert last_hashes(output) == lessons.hashes
     steps = [line["step"] for line in run.metrics()]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
-    print(
-        f"R1: {action} of rank {rank} of {lessons.ranks} in {phase}: over after {detected:.1f} s, training after {again:.1f} s"
-    )
+    print(f"R1: {action} of rank {rank} of {lessons.ranks} in {phase}: over after {detected:.1f} s, training after {again:.1f} s")
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +86,61 @@ def lessons(tmp_path_factory) -> Lessons:
     return Lessons(tmp_path_factory.mktemp("lessons"), 2)
 
 
-def test_a_stopped_rank_is_found_and_the_run_ends_as_in_peace(lessons):
+@pytest.fixture(scope="module")
+def stopped(lessons) -> Stopped:
+    """A run with secrets in its environment and its files, one rank of which is stopped, found, and started again."""
+    config, output = lessons.config("stopped")
+    marker = lessons.root / "stopped.struck"
+    secrets = {name: f"canary-{number}-{CANARY}" for number, name in enumerate(SECRETS)}
     began = time.monotonic()
-    check(lessons, "learn", 1, 5, "stop")
-    (hang,) = (event for event in _events(lessons.root / "learn-1-stop") if event["event"] == "hang")
+    with started(
+        "sft", config, output, 2, script="attempts", **QUICK | secrets | struck("learn", 1, 5, "stop", marker), HF_HUB_OFFLINE=""
+    ) as run:
+        run.wait_for(marker.exists, what="fault")
+        sockets, commands = listening(run.descendants()), [command_of(pid) for pid in run.descendants()]
+        offline = {environment_of(record["pid"]).get("HF_HUB_OFFLINE") for record in run.records().values()}
+        assert run.wait(150) == 0, run.text()
+        return Stopped(run, sockets, commands, offline, time.monotonic() - began, *seconds_until(run, marker))
+
+
+def test_a_stopped_rank_is_found_and_the_run_ends_as_in_peace(lessons, stopped):
+    run = stopped.run
+    (hang,) = run.events("hang")
     assert (hang["rank"], hang["phase"], hang["step"]) == (1, "learn", 5) and hang["seconds"] < hang["limit"] + 5
-    assert "stopped by a signal" in hang["why"] and time.monotonic() - began < 150
+    assert "stopped by a signal" in hang["why"]
+    (why,) = [event["reason"] for event in run.events("outcome") if event["outcome"] == "retry"]
+    assert why.startswith("hang: rank 1 (host ")
+    assert last_hashes(run.run) == lessons.hashes
+    print(f"R1, R11: attempt over {stopped.detected_s:.1f} s after the fault, training again after {stopped.again_s:.1f} s")
+
+
+def test_goodput_tells_of_it(stopped):
+    found = goodput(read_events(stopped.run.run))
+    assert (found.starts, found.failures, found.hangs, found.steps) == (2, 1, 1, STEPS)
+    assert found.lost_steps in (0, EVERY)  # the save of step 4 in the background may not have ended before the fault
+    parts = (found.useful_s, found.evaluation_s, found.checkpoint_s, found.setup_s, found.lost_s, found.down_s)
+    assert sum(parts) == pytest.approx(found.wall_s) and found.lost_s > 3 and found.setup_s > 1 and found.mttf_s < stopped.seconds
+
+
+def test_only_torch_listens_beyond_this_host(stopped):
+    beyond = [(command, address) for command, address in stopped.sockets if not address.startswith(("127.", "::1"))]
+    assert all("megarl.launcher" in command for command, _ in beyond), beyond  # the rendezvous and the ranks' key-value store
+    assert len(beyond) <= 2 and any(address.startswith("127.") for _, address in stopped.sockets), stopped.sockets
+
+
+def test_files_of_a_run_are_for_its_owner_alone(stopped):
+    paths = [stopped.run.run, *stopped.run.run.rglob("*")]
+    assert len(paths) > 20 and not [path for path in paths if path.stat().st_mode & 0o077]
+
+
+def test_secrets_are_in_no_file_no_log_and_no_command_line(stopped):
+    found = [path for path in stopped.run.run.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+    assert found == [] and CANARY not in stopped.run.text() and not [command for command in stopped.commands if CANARY in command]
+    assert any(path.parent.name == "hangs" for path in stopped.run.run.rglob("*.json")), "the report with stacks is among them"
+
+
+def test_ranks_stay_offline(stopped):
+    assert stopped.offline == {"1"}
 
 
 @pytest.mark.slow
@@ -85,12 +149,6 @@ def test_a_stopped_rank_is_found_and_the_run_ends_as_in_peace(lessons):
 @pytest.mark.parametrize(("phase", "iteration"), [("setup", 0), ("load", 0), ("learn", 5), ("save", 4), ("evaluate", 4)])
 def test_killed_in_any_phase_of_a_lesson(lessons, phase, iteration, rank):
     check(lessons, phase, rank, iteration)
-
-
-def _events(run: Path) -> list[dict]:
-    from megarl.operations.events import read_events
-
-    return read_events(run)
 
 
 # ---------------------------------------------------------------- PPO, with vLLM
