@@ -43,7 +43,7 @@ class StoredTensor(Stored):
 class StoredFile(Stored):
     """A file, by its path inside the checkpoint."""
 
-    kind: Literal["weights", "optimizer", "random", "config", "tokenizer"]
+    kind: Literal["weights", "optimizer", "random", "carried", "config", "tokenizer"]
     num_bytes: int
     blake3: str
     model: str = ""

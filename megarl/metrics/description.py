@@ -38,9 +38,11 @@ def describe(experience: Experience, kl_estimator: Estimator | None, kl_coef: fl
 
 
 def describe_rewards(trajectories: Sequence[Trajectory]) -> Metrics:
-    """The mean of every part of the reward, before weights: `reward/<part>`."""
+    """The mean of every part of the reward, before weights: `reward/<part>`, and that of greedy responses where there are such."""
     total = Metrics()
     for trajectory in trajectories:
+        if trajectory.greedy is not None:
+            total = total + Metrics({"reward/greedy": Metric(trajectory.greedy.reward)})
         total = total + Metrics({f"reward/{name}": Metric(float(part)) for name, part in trajectory.reward_parts.items()})
     return total
 

@@ -45,7 +45,8 @@ def assign_credit(
     kl = kl_estimate(old_logprobs[mine], ref_logprobs[mine], own_mask, config.kl.estimator)
     credited = shape_rewards(own.rewards, own.truncated, config, rewards_seen)
     rewards = token_rewards(credited, kl, own_mask, kl_coef if config.kl.place == "reward" else 0.0)
-    earned = Earnings(rewards, values[mine], own_mask, own.truncated, own.group_ids)
+    baselines = shape_rewards(own.baselines, own.baseline_truncated, config, rewards_seen)
+    earned = Earnings(rewards, values[mine], own_mask, own.truncated, own.group_ids, baselines)
     advantages, returns = ESTIMATORS[config.advantage](earned, config)
     if ADVANTAGES[config.advantage].whitens if config.whiten is None else config.whiten:
         advantages = whiten(advantages, own_mask, partial(_sum_over_rows, layout=layout))

@@ -27,6 +27,7 @@ class Earnings:
     mask: Tensor  # bool[b, T]: tokens the policy chose
     truncated: Tensor  # bool[b]
     group_ids: Tensor  # i64[b]: equal for samples of one prompt, equally many of each
+    baselines: Tensor  # f32[b]: what the greedy response to the same prompt earned, shaped alike; zeros where nobody asked for it
 
 
 Estimator = Callable[[Earnings, PpoConfig], tuple[Tensor, Tensor]]
@@ -91,6 +92,11 @@ def _of_groups(change: Callable[[Tensor], Tensor]) -> Estimator:
     return estimator
 
 
+def _remax(earned: Earnings, config: PpoConfig) -> tuple[Tensor, Tensor]:
+    advantages = _everywhere(earned.token_rewards.sum(1) - earned.baselines, earned.mask)
+    return advantages, advantages
+
+
 def _reinforce_pp(earned: Earnings, config: PpoConfig) -> tuple[Tensor, Tensor]:
     advantages = discounted(earned.token_rewards, earned.mask, config.gamma)
     return advantages, advantages
@@ -115,6 +121,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "rloo": _of_groups(less_the_others),  # Ahmadian et al. (2024)
     "grpo": _of_groups(in_deviations),  # Shao et al. (2024)
     "dr_grpo": _of_groups(less_the_mean),  # Liu et al. (2025)
+    "remax": _remax,  # Li et al. (2024)
     "reinforce_pp": _reinforce_pp,  # Hu et al. (2025)
     "reinforce_pp_baseline": _reinforce_pp_baseline,  # Hu et al. (2025)
 }

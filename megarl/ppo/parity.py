@@ -109,7 +109,8 @@ class ParityGate:
         with self._memory.generating():
             completions = self._engine.generate(requests)
         with self._memory.scoring():
-            rollout = self._judge.pack([Trajectory(p, c, 0.0) for p, c in zip(prompts, completions, strict=True)], len(prompts))
+            places = range(layout.data_offset(len(prompts)), layout.data_offset(len(prompts)) + len(prompts))
+            rollout = self._judge.pack([Trajectory(p, c, 0.0) for p, c in zip(prompts, completions, strict=True)], places)
             gap = self._checked(rollout, self._actor.logprobs(rollout))
         if layout.rank == 0:
             print(f"megarl: sampler and trainer agree: |log-prob gap| {gap}; rollout.parity_tolerance {self.tolerance:g}", flush=True)
@@ -123,7 +124,7 @@ class ParityGate:
         return self._checked(rollout, old_logprobs).metrics()
 
     def _checked(self, rollout: RolloutBatch, old_logprobs: Tensor) -> Gap:
-        mask = rollout.response_mask
+        mask = rollout.response_mask & (rollout.ages == 0)  # older weights chose the others
         gap = measure(rollout.rollout_logprobs, old_logprobs, mask, self._group)
         if gap.exceeds(self.tolerance):
             here = Disagreement.of(rollout.rollout_logprobs, old_logprobs, mask, self.tolerance)

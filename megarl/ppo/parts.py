@@ -9,13 +9,15 @@ from torch import Tensor
 
 from megarl.bridge.sync import WeightSync
 from megarl.checkpoint.store import Checkpointable, Checkpoints
-from megarl.data.prompts import PromptSet
 from megarl.metrics import Metrics, RunLog
 from megarl.parallel.memory import Phases
+from megarl.ppo.average import AveragedEvaluator
 from megarl.ppo.evaluator import Evaluator, NoEvaluator
+from megarl.ppo.harvest import Harvester
 from megarl.ppo.judge import Judge
 from megarl.ppo.kl import Estimator
 from megarl.ppo.parity import ParityGate
+from megarl.ppo.reference import RefreshedReference
 from megarl.ppo.roles import Actor, Critic, Reference
 from megarl.records import Experience, RolloutBatch
 from megarl.rollout.engine import Engine
@@ -29,6 +31,9 @@ class KlSource(Protocol):
     def logprobs(self, rollout: RolloutBatch, old_logprobs: Tensor) -> Tensor:
         """f32[B, T] under the reference. Called by every rank."""
 
+    def refresh(self, step: int) -> None:
+        """What becomes of the reference after `step` finished steps. Called by every rank."""
+
 
 @dataclass(frozen=True)
 class FrozenReference:
@@ -40,6 +45,9 @@ class FrozenReference:
     def logprobs(self, rollout: RolloutBatch, old_logprobs: Tensor) -> Tensor:
         return self.model.logprobs(rollout)
 
+    def refresh(self, step: int) -> None:
+        """It stays what it is."""
+
 
 class NoReference:
     """A run whose KL coefficient is 0 for good holds no reference: the policy stands in for it, and no KL is reported."""
@@ -48,6 +56,9 @@ class NoReference:
 
     def logprobs(self, rollout: RolloutBatch, old_logprobs: Tensor) -> Tensor:
         return old_logprobs
+
+    def refresh(self, step: int) -> None:
+        """There is none."""
 
 
 class NoCritic:
@@ -64,8 +75,7 @@ class NoCritic:
 class Parts:
     """Everything `ppo.loop.train` uses. A part may be exchanged for another with the same methods."""
 
-    prompts: PromptSet
-    stop_token_ids: tuple[int, ...]
+    harvester: Harvester
     engine: Engine
     memory: Phases
     judge: Judge
@@ -74,11 +84,12 @@ class Parts:
     reference: KlSource
     weight_sync: WeightSync
     parity: ParityGate
-    evaluator: Evaluator | NoEvaluator
+    evaluator: Evaluator | AveragedEvaluator | NoEvaluator
     checkpoints: Checkpoints
     log: RunLog
 
     @property
     def checkpointables(self) -> Mapping[str, Checkpointable]:
-        """The models that learn, by their name in checkpoints."""
-        return {"actor": self.actor} | ({"critic": self.critic} if isinstance(self.critic, Critic) else {})
+        """The models that change, by their name in checkpoints."""
+        changing = {"actor": self.actor} | ({"critic": self.critic} if isinstance(self.critic, Critic) else {})
+        return changing | ({"reference": self.reference} if isinstance(self.reference, RefreshedReference) else {})

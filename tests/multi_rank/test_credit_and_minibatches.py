@@ -37,6 +37,9 @@ def whole_rollout() -> tuple[RolloutBatch, torch.Tensor, torch.Tensor, torch.Ten
         truncated=torch.rand(ROWS, generator=generator) < 0.5,
         group_ids=torch.arange(ROWS) // 2,
         sample_ids=torch.arange(ROWS),
+        baselines=torch.randn(ROWS, generator=generator),
+        baseline_truncated=torch.arange(ROWS) % 3 == 0,
+        ages=torch.zeros(ROWS, LENGTH, dtype=torch.int64),
     )
     return batch, old, ref, values
 
@@ -92,7 +95,8 @@ def check_judge(layout) -> dict:
     response = tuple(range(1, 4 + layout.dp_rank))
     completions = [Completion(p.prompt_id, i, response, (-0.5,) * len(response), "stop", 0) for p in prompts for i in range(2)]
     judge = Judge(WeightedSum((Term("length", 2.0, Lengths()),)), Letters(), layout)
-    batch = judge.pack(judge.trajectories(prompts, completions), len(prompts))
+    places = range(2 * layout.dp_rank, 2 * layout.dp_rank + 2)
+    batch = judge.pack(judge.trajectories(prompts, completions), places)
     with pytest.raises(RewardError, match=r"prompt \d+.*\(rank 3\)"):
         Judge(WeightedSum((Term("length", 2.0, Lengths(broken_rank=3)),)), Letters(), layout).trajectories(prompts, completions)
     run = make_run(Case(precision="bf16"))  # by default a mean gap of at most 0.2 nats

@@ -236,9 +236,9 @@ def trainer_difference(replica, answers, requests) -> float:
         mask[index, len(request.token_ids) : len(row)] = True
         sampled[index, len(request.token_ids) : len(row)] = torch.tensor(answer.rollout_logprobs)
     zeros = torch.zeros(len(rows))
-    batch = RolloutBatch(
-        token_ids, torch.tensor([len(row) for row in rows]), mask, sampled, zeros, zeros.bool(), zeros.long(), torch.arange(len(rows))
-    )
+    lengths, flags = torch.tensor([len(row) for row in rows]), zeros.bool()
+    ages = torch.zeros_like(token_ids)
+    batch = RolloutBatch(token_ids, lengths, mask, sampled, zeros, flags, zeros.long(), torch.arange(len(rows)), zeros, flags, ages)
     with torch.no_grad():
         logprobs = replica.forward(batch, LogprobHead(1 << 20, TEMPERATURE, "response_mask"))
     assert not answers or bool((sampled[mask] != 0).any())

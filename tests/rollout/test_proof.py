@@ -206,7 +206,7 @@ def disturb_the_sampler(rank: int, world_size: int, root: Path) -> dict[str, str
     endpoint._with_derived_copies = derived
     temperature = run.rollout.temperature
     hot = run.model_copy(update={"rollout": run.rollout.model_copy(update={"temperature": 0.5})})
-    gate = type(parts.parity)(hot, layout, parts.prompts, parts.stop_token_ids, parts.engine, parts.memory, parts.judge, parts.actor)
+    gate = type(parts.parity)(hot, layout, parts.parity._prompts, parts.parity._stops, parts.engine, parts.memory, parts.judge, parts.actor)
     assert temperature == 1.0
     said["temperature"] = start(replace(parts, parity=gate))
 

@@ -14,8 +14,8 @@ CASES = {
     "no critic": (
         ["critic=null"],
         [
-            "critic: missing; ppo.advantage gae needs one: give critic.path, or choose rloo, grpo, dr_grpo, reinforce_pp,"
-            " reinforce_pp_baseline"
+            "critic: missing; ppo.advantage gae needs one: give critic.path, or choose rloo, grpo, dr_grpo, remax,"
+            " reinforce_pp, reinforce_pp_baseline"
         ],
     ),
     "a group of one": (
@@ -42,7 +42,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_does_not_go_together_is_refused(tmp_path, capsys, name):
     overrides, expected = CASES[name]
-    assert cli.run(["ppo", str(write_run(tmp_path)), *overrides, "--check"]) == 2
+    assert cli.run(["ppo", str(write_run(tmp_path)), *overrides, "--check"]) == 78
     lines = capsys.readouterr().err.replace(str(tmp_path), "ROOT").splitlines()
     assert [line.split(": ", 3)[3] for line in lines] == expected  # behind "megarl: error: <where the key is set>: "
 

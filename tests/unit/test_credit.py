@@ -34,6 +34,9 @@ def cut_response() -> RolloutBatch:
         truncated=torch.tensor([True]),
         group_ids=torch.tensor([0]),
         sample_ids=torch.tensor([0]),
+        baselines=torch.tensor([2.0]),
+        baseline_truncated=torch.tensor([False]),
+        ages=torch.zeros(1, 6, dtype=torch.int64),
     )
 
 

@@ -1,5 +1,7 @@
 """Every advantage estimator against a loop written from semantics section 2, and the laws they share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,11 +25,15 @@ def earnings(seed: int) -> Earnings:
     mask = torch.rand(rows, LENGTH, generator=generator) < 0.6
     mask[:, LENGTH // 2] = True
     rewards, values = (torch.randn(rows, LENGTH, generator=generator) * mask for _ in range(2))
-    return Earnings(rewards, values, mask, torch.rand(rows, generator=generator) < 0.5, torch.arange(rows) // SAMPLES)
+    truncated = torch.rand(rows, generator=generator) < 0.5
+    baselines = torch.randn(GROUPS, generator=generator).repeat_interleave(SAMPLES)
+    return Earnings(rewards, values, mask, truncated, torch.arange(rows) // SAMPLES, baselines)
 
 
-def of_response(name: str, score: float, group: list[float], last_value: float) -> float:
+def of_response(name: str, score: float, group: list[float], last_value: float, greedy: float) -> float:
     """The advantage of a whole response; `group` holds the scores of all samples of its prompt, its own included."""
+    if name == "remax":
+        return score - greedy
     mean = sum(group) / len(group)
     if name == "rloo":
         return score - (sum(group) - score) / (len(group) - 1)
@@ -59,7 +65,7 @@ def test_an_estimator_is_its_formula(name):
             rewards[-1] -= sum(group) / SAMPLES if name.endswith("baseline") else 0.0
             expected = from_here_on(rewards, settings_.gamma)
         else:
-            expected = [of_response(name, scores[b], group, values[-1])] * len(rewards)
+            expected = [of_response(name, scores[b], group, values[-1], found.baselines[b].item())] * len(rewards)
         assert advantages[b][mask].tolist() == pytest.approx(expected, abs=1e-4)
         if name == "single_step":
             assert returns[b][mask].tolist() == pytest.approx([scores[b]] * len(rewards), abs=1e-5)
@@ -73,7 +79,7 @@ def test_masked_positions_have_no_influence(name, seed):
     """Values there are what a critic says about tool output; token rewards are 0 there by contract."""
     found = earnings(seed)
     noise = torch.randn(found.mask.shape, generator=torch.Generator().manual_seed(seed)) * ~found.mask
-    noisy = Earnings(found.token_rewards, found.values + noise, found.mask, found.truncated, found.group_ids)
+    noisy = replace(found, values=found.values + noise)
     for expected, got in zip(ESTIMATORS[name](found, config()), ESTIMATORS[name](noisy, config())):
         assert torch.equal(got, expected)
 
@@ -94,7 +100,8 @@ def test_permuting_sequences_permutes_results(name, order):
 def test_rewards_and_values_in_another_unit(name, factor, seed):
     """All are linear but grpo, which knows no unit."""
     found = earnings(seed)
-    scaled = Earnings(found.token_rewards * factor, found.values * factor, found.mask, found.truncated, found.group_ids)
+    units = {name: getattr(found, name) * factor for name in ("token_rewards", "values", "baselines")}
+    scaled = replace(found, **units)
     plain, got = ESTIMATORS[name](found, config())[0], ESTIMATORS[name](scaled, config())[0]
     torch.testing.assert_close(got, plain if name == "grpo" else plain * factor, atol=1e-3, rtol=1e-3)
 
@@ -106,9 +113,9 @@ def test_a_group_of_equals_has_nothing_to_learn_and_every_group_is_centred(name)
     rewards[:, LENGTH // 2] = 2.5  # in every mask
     mask = torch.zeros_like(found.mask)
     mask[:, LENGTH // 2] = True
-    equal = Earnings(rewards, found.values, mask, found.truncated, found.group_ids)
+    equal = replace(found, token_rewards=rewards, mask=mask)
     assert not ESTIMATORS[name](equal, config())[0].any()
-    lone = Earnings(found.token_rewards * mask, found.values, mask, found.truncated, found.group_ids)
+    lone = replace(found, token_rewards=found.token_rewards * mask, mask=mask)
     per_group = ESTIMATORS[name](lone, config())[0].sum(1).view(GROUPS, SAMPLES)
     torch.testing.assert_close(per_group.sum(1), torch.zeros(GROUPS), atol=1e-5, rtol=0)
 
@@ -116,7 +123,7 @@ def test_a_group_of_equals_has_nothing_to_learn_and_every_group_is_centred(name)
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo"])
 def test_a_lone_sample_learns_nothing(name):
     found = earnings(6)
-    alone = Earnings(found.token_rewards, found.values, found.mask, found.truncated, torch.arange(len(found.mask)))
+    alone = replace(found, group_ids=torch.arange(len(found.mask)))
     assert not ESTIMATORS[name](alone, config())[0].any()
 
 
