@@ -60,6 +60,10 @@ class RewardError(MegarlError):
     """A reward could not be computed or is not a finite number."""
 
 
+class LearningError(MegarlError):
+    """Losses or gradients have not been finite numbers for several updates in a row. Raised on all ranks alike."""
+
+
 class SetupError(MegarlError):
     """This machine cannot run megarl as asked: a missing package, device, directory or amount of disk."""
 

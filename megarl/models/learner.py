@@ -1,7 +1,7 @@
 """A replica that learns: Megatron's DDP and Adam around the chunks, one optimizer step at a time."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from megarl.config import OptimizerConfig, ParallelConfig
 from megarl.metrics import Largest, Metric, Metrics, Total
 from megarl.models import mixture
 from megarl.models.ema import Ema
+from megarl.models.guard import UpdateGuard
 from megarl.models.head_sharing import sharing_of
 from megarl.models.learning_rate import lr_at
 from megarl.models.optimizer_pieces import Slot, held_by, masters_of, optimizer_pieces
@@ -30,12 +31,22 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # n
 from megatron.core.utils import get_model_config  # noqa: E402
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A batch that goes through the model forward and backward: a data rank's share of it, and what `Learner.step` says of the rest."""
+
+    batch: Any
+    head: pipeline.Head
+    loss_function: pipeline.LossFunction
+
+
 class Learner(Replica):
     """A replica with gradients and an optimizer. Built by every rank of the world, from freshly built chunks.
 
     Weights are views into the optimizer's buffers from here on: take pieces from `chunks` of the learner, never from before, and call
     `refresh_main_params` after writing weights. `total_steps` is the number of optimizer steps that the schedule spans. With an
-    `ema_decay` a moving average of the weights follows each update.
+    `ema_decay` a moving average of the weights follows each update. `guard` decides which updates are made; by default one that writes
+    no batches.
     """
 
     def __init__(
@@ -47,11 +58,13 @@ class Learner(Replica):
         layout: ParallelLayout,
         total_steps: int,
         ema_decay: float | None = None,
+        guard: UpdateGuard | None = None,
     ):
         spec, role = chunks[0].spec, chunks[0].role
         packing, sharing = packing_of(spec, parallel), sharing_of(spec, role, parallel, layout)
         super().__init__(_wrapped(chunks, parallel), layout, parallel.microbatch_size, packing, sharing)
         self.config, self.total_steps = optimizer, total_steps
+        self.guard = guard or UpdateGuard(role, optimizer.max_skipped_updates, layout, None)
         self.num_steps = 0  # optimizer steps tried, skipped ones included: the schedule's clock
         self.num_updates = 0  # optimizer steps made: Adam's clock
         self._optimizer = megatron_optimizer.get_megatron_optimizer(
@@ -68,13 +81,15 @@ class Learner(Replica):
             self.ema = Ema(masters, ema_decay, partial(_share_weights, self.chunks, parallel.distributed_optimizer))
             self.movables["ema"] = Movable(self.ema.averages)
 
-    def step(self, batch: Any, head: pipeline.Head, loss_function: pipeline.LossFunction) -> Metrics:
+    def step(self, batch: Any, head: pipeline.Head, loss_function: pipeline.LossFunction, *more: Pass) -> Metrics:
         """One optimizer step on `batch`, this data-parallel rank's share of the minibatch; every rank of the world calls.
 
         `loss_function(stats, rows) -> (loss, metrics)` runs for each microbatch with `stats` from `head`, on the last stage or, where the
         stages share the head, on each of them with its share; its losses are divided by global denominators already and are summed.
-        Rows may be dummies or dealt to another stage (length 0, masks False): they must add nothing.
-        A gradient norm that is not finite skips the update on all ranks alike.
+        Rows may be dummies or dealt to another stage (length 0, masks False): they must add nothing. The gradients of `more` batches,
+        each with its own head and loss, are added to those of the first; every rank gives equally many.
+        A loss or a gradient norm that is not finite skips the update on all ranks alike. Raises `LearningError` after
+        `max_skipped_updates` in a row.
 
         Returns the metrics of this replica's rows on every rank of the replica, with `grad_norm` (of the update, before clipping),
         `lr`, `skipped_updates` and, of a mixture that is balanced, `router_balance` added: reduce them over data-parallel ranks.
@@ -83,20 +98,34 @@ class Learner(Replica):
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        is_balanced, num_sequences = self.config.router_balance > 0, (batch.sequences().lengths > 0).sum()
+        passes = (Pass(batch, head, loss_function), *more)
+        is_balanced = self.config.router_balance > 0
+        num_sequences = sum((one.batch.sequences().lengths > 0).sum() for one in passes)
         if is_balanced:
             everywhere = sum_over(num_sequences.to(device.device()), groups.group(self.layout, "dp"))
             mixture.balance(self.chunks, self.config.router_balance / max(1, int(everywhere)))
-        metrics = pipeline.forward_backward(self.chunks, self.microbatches(batch), head, loss_function, self.sharing)
+        metrics, losses = Metrics(), []
+        for number, one in enumerate(passes, 1):
+            watched, is_last = partial(_watched, losses, one.loss_function), number == len(passes)
+            microbatches = self.microbatches(one.batch)
+            metrics = metrics + pipeline.forward_backward(self.chunks, microbatches, one.head, watched, self.sharing, is_last)
         if is_balanced:
             metrics = metrics + mixture.balance_metrics(self.chunks, int(num_sequences), self.layout)
         lr = lr_at(self.config, self.num_steps, self.total_steps)
-        grad_norm = self._update(lr)
+        grad_norm = self._prepared_grad_norm()
+        is_updated = self.guard.allows(self._whole_loss(losses), grad_norm, self.num_steps, batch)
+        if is_updated:
+            self._update(lr, grad_norm)
         self.num_steps += 1
-        total = self._step_metrics(grad_norm, lr)
+        total = self._step_metrics(grad_norm, lr, is_updated)
         for part in gather_json(metrics.to_json(), groups.group(self.layout, "pp")):
             total = total + Metrics.from_json(part)
         return total
+
+    @property
+    def is_skipping(self) -> bool:
+        """True while updates are being skipped: what is saved now would not be from before the first."""
+        return self.guard.num_skipped > 0
 
     def refresh_main_params(self) -> None:
         """Copies the weights into the optimizer's float32 copies, after they were written from outside; their average starts anew."""
@@ -149,15 +178,23 @@ class Learner(Replica):
             _set_adam_step(group, inner, self.num_updates)
 
     @torch.no_grad()
-    def _update(self, lr: float) -> float:
-        """Clips and applies the reduced gradients; returns their global norm, equal on all ranks, which may be infinite or nan."""
+    def _prepared_grad_norm(self) -> float:
+        """The global norm of the reduced gradients, equal on all ranks, which may be infinite or nan."""
+        self._optimizer.prepare_grads()
+        return float(self._optimizer.get_grad_norm())
+
+    def _whole_loss(self, losses: Sequence[Tensor]) -> float:
+        """The minibatch's loss, equal on all ranks, from what this rank computed of it."""
+        mine = sum(losses, torch.zeros((), dtype=torch.float64, device=device.device()))
+        copies = self.layout.tensor * self.layout.context  # ranks that compute the same
+        return float(sum_over(mine, groups.group(self.layout, "world"))) / copies
+
+    @torch.no_grad()
+    def _update(self, lr: float, grad_norm: float) -> None:
+        """Clips and applies the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
-        self._optimizer.prepare_grads()
-        grad_norm = float(self._optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            return grad_norm
         if self.config.clip_grad > 0:
             for inner in self._optimizer.chained_optimizers:
                 clip_grad_by_total_norm_fp32(inner.get_parameters(), self.config.clip_grad, grad_norm)
@@ -165,13 +202,11 @@ class Learner(Replica):
         self.num_updates += 1
         if self.ema is not None:
             self.ema.update()
-        return grad_norm
 
-    def _step_metrics(self, grad_norm: float, lr: float) -> Metrics:
-        is_skipped = not math.isfinite(grad_norm)
+    def _step_metrics(self, grad_norm: float, lr: float, is_updated: bool) -> Metrics:
         is_first_replica = self.layout.dp_rank == 0  # all replicas skip together: count it once
-        metrics = Metrics({"lr": Largest(lr), "skipped_updates": Total(float(is_skipped and is_first_replica))})
-        return metrics if is_skipped else metrics + Metrics({"grad_norm": Metric(grad_norm)})
+        metrics = Metrics({"lr": Largest(lr), "skipped_updates": Total(float(not is_updated and is_first_replica))})
+        return metrics + Metrics({"grad_norm": Metric(grad_norm)}) if is_updated else metrics
 
     def _groups(self):
         """(name, parameter group, torch optimizer) of every parameter group of this rank that is not empty."""
@@ -186,6 +221,13 @@ class Learner(Replica):
             for param in group["params"]:
                 if not inner.state[param]:
                     _start_adam_state(param, inner)
+
+
+def _watched(losses: list[Tensor], loss_function: pipeline.LossFunction, stats: Any, rows: Any) -> tuple[Tensor, Metrics]:
+    """The loss function, which leaves its loss in `losses`, too."""
+    loss, metrics = loss_function(stats, rows)
+    losses.append(loss.detach().double())
+    return loss, metrics
 
 
 def _wrapped(chunks: Sequence[torch.nn.Module], parallel: ParallelConfig) -> list[torch.nn.Module]:

@@ -5,7 +5,7 @@
 
 from typing import Literal
 
-from megarl.config import PpoRun
+from megarl.config import PpoRun, SampleRun
 
 Offload = Literal["none", "frozen", "all"]
 Phase = Literal["publishing", "generating", "scoring", "learning", "exchanging", "saving"]
@@ -24,7 +24,7 @@ RESIDENT: dict[Phase, frozenset[tuple[str, str]]] = {
 """(owner, part) of what a phase computes with."""
 
 
-def offload_of(run: PpoRun, is_cuda: bool) -> Offload:
+def offload_of(run: PpoRun | SampleRun, is_cuda: bool) -> Offload:
     """What may leave the device between phases: as the run says, or what suits this host and where its generators are."""
     if run.memory.offload != "auto":
         return run.memory.offload

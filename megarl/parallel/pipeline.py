@@ -56,12 +56,16 @@ def forward_backward(
     head: Head,
     loss_function: LossFunction,
     sharing: Sharing | None = None,
+    is_last: bool = True,
 ) -> Metrics:
     """Adds the gradients of all microbatches and reduces them over data-parallel ranks; every rank of the world calls it.
 
-    `chunks` are wrapped in Megatron's DDP with zeroed buffers. Returns metrics whose sum over the stages is that of this replica's
-    microbatches: with `sharing` every stage computes the loss of its share of the head, without, the last stage does it all.
+    Not `is_last`: another pass of the same step follows, and its reduction is for both. `chunks` are wrapped in Megatron's DDP, whose
+    buffers the first pass finds zeroed. Returns metrics whose sum over the stages is that of this replica's microbatches: with
+    `sharing` every stage computes the loss of its share of the head, without, the last stage does it all.
     """
+    for chunk in chunks:
+        get_model_config(chunk).finalize_model_grads_func = finalize if is_last else _keep_unreduced
     if sharing is not None:
         return _share(chunks, microbatches, head, sharing, loss_function).metrics
 
@@ -79,6 +83,10 @@ def forward_backward(
 def finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
     """Megatron's reduction of gradients without its division by a token count: the `finalize_model_grads_func` of a model's config."""
     finalize_model_grads(model, None, **options)
+
+
+def _keep_unreduced(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Leaves the gradients in their buffers, for the next pass to add to."""
 
 
 def _share(

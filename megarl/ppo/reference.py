@@ -69,6 +69,11 @@ class RefreshedReference:
         """Puts back what `counts` gave."""
         self.num_refreshes = counts["num_refreshes"]
 
+    @property
+    def is_skipping(self) -> bool:
+        """There are no updates."""
+        return False
+
     def restart_ema(self) -> bool:
         """There is none."""
         return False

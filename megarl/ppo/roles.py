@@ -14,6 +14,7 @@ from megarl.config import PpoRun, Run, TrainedModelConfig
 from megarl.metrics import Largest, Metric, Metrics
 from megarl.models.build import build_model
 from megarl.models.freezing import freeze_lowest
+from megarl.models.guard import UpdateGuard
 from megarl.models.head_sharing import sharing_of
 from megarl.models.learner import Learner
 from megarl.models.pieces import Piece, TensorSource, load_pieces, source_pieces
@@ -26,7 +27,11 @@ from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.memory import Movable
 from megarl.ppo.kl import kl_loss
 from megarl.ppo.losses import aggregate, correction_weights, count_for, entropy_loss, policy_loss, value_loss
+from megarl.ppo.ptx import NoPtx, Ptx
 from megarl.records import Experience, RolloutBatch, TokenBatch
+
+NO_PTX = NoPtx()
+SKIPPED = "skipped_updates"  # directory in a run's, of batches that nothing was learned from
 
 
 def build_learner(
@@ -46,7 +51,9 @@ def build_learner(
     """
     chunks = build_model(spec, role, run.parallel, run.precision, layout)
     freeze_lowest(chunks, model.frozen_layers)
-    learner = Learner(chunks, model.optimizer, run.parallel, run.precision, layout, total_steps, ema_decay)
+    name = role if isinstance(run, PpoRun) else "model"
+    guard = UpdateGuard(name, model.optimizer.max_skipped_updates, layout, run.output_dir / SKIPPED)
+    learner = Learner(chunks, model.optimizer, run.parallel, run.precision, layout, total_steps, ema_decay, guard)
     pieces = source_pieces(learner.chunks, spec.table(role))
     load_pieces(pieces, source)
     learner.refresh_main_params()
@@ -71,11 +78,14 @@ def num_updates(run: PpoRun, first_step: int = 0) -> int:
 
 
 class Actor:
-    """The policy that is trained. `movables` is what it owns by part, each of which can be offloaded and brought back."""
+    """The policy that is trained. `movables` is what it owns by part, each of which can be offloaded and brought back.
 
-    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
+    `ptx` is text that it imitates in every update.
+    """
+
+    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource, ptx: Ptx | NoPtx = NO_PTX):
         total_steps = num_updates(run, run.ppo.critic_warmup_steps)
-        self.spec, self.layout, self._ppo = spec, layout, run.ppo
+        self.spec, self.layout, self.ptx, self._ppo = spec, layout, ptx, run.ppo
         ema_decay = None if run.ppo.ema is None else run.ppo.ema.decay
         self.learner, self.pieces = build_learner(spec, "actor", run.actor, run, layout, source, total_steps, ema_decay)
         self.movables = self.learner.movables
@@ -100,7 +110,8 @@ class Actor:
         group = groups.group(self.layout, "dp")
         mine = count_for(self._ppo.aggregation, minibatch.response_mask, self._max_response_tokens)
         denominator = sum_over(mine, group).clamp(min=1)
-        return self.learner.step(minibatch, self._learning_head, partial(self._loss, denominator, kl_coef)).under("actor")
+        loss, text = partial(self._loss, denominator, kl_coef), self.ptx.passes(self.learner.num_steps, self.learner.packing)
+        return self.learner.step(minibatch, self._learning_head, loss, *text).under("actor")
 
     def _loss(self, denominator: Tensor, kl_coef: float, stats: tuple[Tensor, Tensor], rows: Experience) -> tuple[Tensor, Metrics]:
         logprobs, entropy = stats

@@ -24,7 +24,7 @@ class StageFailed(MegarlError):
     """A stage ended with an exit code other than 0. The message names the stage, its last words and its log."""
 
     def __init__(self, stage: "Stage", exit_code: int):
-        self.exit_code = 2 if exit_code == 2 else 1  # 2: a mistake of the user, explained in the log
+        self.exit_code = exit_code if exit_code in (2, 65, 78) else 1  # those: mistakes of the user, explained in the log
         super().__init__(f"stage {stage.name} failed (exit code {exit_code}): {last_words(stage.log)}; log: {stage.log}")
 
 

@@ -19,6 +19,8 @@ from tests.ranks import run_ranks
 KEPT = {
     r"\.pieces\.\d+\.view": "the weights; Adam's state lies beside them in Megatron's optimizer, and is stored as its pieces",
     r"\.learner\.num_(steps|updates)": "Learner.counts()",
+    r"\.learner\.ema\._averages\.\d+": "stored as pieces of the slot ema",
+    r"\.reference\.num_refreshes": "RefreshedReference.counts()",
     r"\.engine\.policy_version": "TrainState.policy_version, pushed again when the run starts",
 }
 FORGOTTEN = {
@@ -28,6 +30,7 @@ FORGOTTEN = {
     ".memory.": "where tensors wait between phases, not what they hold",
     ".judge.alarm.": "for how many steps a reward was constant, which is a warning; each process counts its own",
     ".parity.": "which samples were compared: each process compares its first step",
+    ".guard._losses.": "the last losses, for a warning: each process gathers its own",
     ".movables.": "where tensors wait between phases, not what they hold",
     ".engine.": "the sampler's own buffers: its weights are pushed, its random numbers follow (seed, step, sample)",
 }

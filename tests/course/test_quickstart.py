@@ -80,6 +80,6 @@ def test_a_failed_stage_is_one_line_and_names_its_log(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
     )
-    assert done.returncode == 2
+    assert done.returncode in (65, 78)
     assert done.stderr.count("\n") == 1
     assert all(part in done.stderr for part in ("stage sft failed", "/nowhere.jsonl", "sft.log"))

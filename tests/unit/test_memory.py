@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megarl.parallel.memory import Movable, Phases
-from megarl.parallel.phases import FROZEN, RESIDENT
+from megarl.parallel.phases import FROZEN, REFERENCE, RESIDENT
 
 
 def movable_of(tensor: torch.Tensor, contents: str = "changing") -> Movable:
@@ -89,9 +89,9 @@ def phases_with_models(offload: str) -> tuple[Phases, Sampler]:
     engine = Sampler()
     phases = Phases(engine, offload, engine.receive)
     size = 1
-    for owner, parts in {"actor": 3, "critic": 3, FROZEN: 1}.items():
+    for owner, parts in {"actor": 4, "critic": 3, FROZEN: 1, REFERENCE: 1}.items():
         movables = {}
-        for part in ("weights", "gradients", "optimizer")[:parts]:
+        for part in ("weights", "gradients", "optimizer", "ema")[:parts]:
             movables[part] = movable_of(torch.ones(size, dtype=torch.uint8))
             size *= 2
         phases.admit(owner, movables)
@@ -104,10 +104,21 @@ def test_a_phase_holds_what_the_table_says(offload):
     everything = {name: 2**index for index, name in enumerate(phases.resident_bytes())}
     assert phases.resident_bytes() == everything | ({} if offload == "none" else {"frozen weights": 0})  # gone while others are built
     engine.receive(1)
-    for phase in ["publishing", "generating", "scoring", "learning", "publishing", "generating", "scoring", "generating", "saving"]:
+    for phase in [
+        "publishing",
+        "generating",
+        "scoring",
+        "learning",
+        "publishing",
+        "generating",
+        "scoring",
+        "generating",
+        "exchanging",
+        "saving",
+    ]:
         with getattr(phases, phase)():
-            wanted = {" ".join(key) for key in RESIDENT[phase]}
-            stays = {"none": everything, "frozen": everything.keys() - {"frozen weights"}, "all": set()}[offload]
+            wanted = {" ".join(key) for key in RESIDENT[phase]} & everything.keys()
+            stays = {"none": everything, "frozen": everything.keys() - {"frozen weights", "reference weights"}, "all": set()}[offload]
             found = phases.resident_bytes()
             if not (phase == "saving" and offload != "all"):
                 assert found == {name: size if name in stays or name in wanted else 0 for name, size in everything.items()}, phase

@@ -44,12 +44,12 @@ RIGHT = {
 
 @pytest.mark.parametrize("parts", WRONG)
 def test_a_wrong_part_is_one_line(tmp_path, capsys, parts):
-    assert cli.run(["ppo", str(write_run(tmp_path)), f"rewards={parts}", "--check"]) == 2
+    assert cli.run(["ppo", str(write_run(tmp_path)), f"rewards={parts}", "--check"]) == 78
     assert capsys.readouterr().err.splitlines() == [f"megarl: error: command line: {WRONG[parts]}"]
 
 
 def test_a_wrong_hook_is_one_line(tmp_path, capsys):
-    assert cli.run(["ppo", str(write_run(tmp_path)), "reward_hook=shape", "--check"]) == 2
+    assert cli.run(["ppo", str(write_run(tmp_path)), "reward_hook=shape", "--check"]) == 78
     assert capsys.readouterr().err.splitlines() == [f"megarl: error: command line: reward_hook: found 'shape'; expected {FUNCTION}"]
 
 
