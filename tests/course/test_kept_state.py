@@ -97,9 +97,9 @@ def changes(parts: object, train) -> list[str]:
     found: list[dict[str, str]] = []
     original = Checkpoints.due
 
-    def looking(self, state):
+    def looking(self, state, *metrics):
         found.append(leaves(parts))
-        return original(self, state)
+        return original(self, state, *metrics)
 
     Checkpoints.due = looking
     try:

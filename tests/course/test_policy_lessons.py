@@ -54,6 +54,7 @@ def course(tmp_path_factory):
 LESSONS = ("dpo", "ipo", "rrhf", "tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_the_layout_does_not_show(course, lesson):
     expected = read_metrics(course, f"{lesson}-dp2")
@@ -64,6 +65,7 @@ def test_the_layout_does_not_show(course, lesson):
             assert found[step] == pytest.approx(expected[step], rel=2e-3, abs=2e-4), (layout, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_they_learn(course, lesson):
     metrics = read_metrics(course, f"{lesson}-dp2")
