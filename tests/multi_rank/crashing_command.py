@@ -14,5 +14,5 @@ def broken_lesson(run: SftRun, layout: ParallelLayout) -> None:
 
 
 if __name__ == "__main__":
-    cli._sft = broken_lesson
+    cli._START["sft"] = broken_lesson
     cli.main()
