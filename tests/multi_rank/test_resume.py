@@ -170,10 +170,10 @@ def lose_the_directory(rank: int, world_size: int, root: Path) -> str:
 
     original = Checkpoints.due
 
-    def removed(self, state) -> bool:
+    def removed(self, state, *measured) -> bool:
         if state.step == 3:
             on_rank_0(rank, lambda: shutil.rmtree(self.directory))
-        return original(self, state)
+        return original(self, state, *measured)
 
     Checkpoints.due = removed
     try:

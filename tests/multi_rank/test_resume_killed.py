@@ -42,10 +42,10 @@ def train(rank: int, world_size: int, root: Path, output: str, settings: dict, k
 
     original = Learner._update
 
-    def dying(self, lr):
+    def dying(self, *update):
         if rank == killed and self.num_steps == at - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, lr)
+        return original(self, *update)
 
     Learner._update = dying
     checkpoint = {"every_steps": 2, "keep_last": 9}
