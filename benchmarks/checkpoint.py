@@ -3,7 +3,9 @@
 `python -m benchmarks.checkpoint [--quick] [--directory DIR] [--json PATH]`
 
 One rank saves a Llama with its optimizer (float32 weights and two moments). Raw: the same bytes through one `write` after the other into
-one file, flushed to disk, and read back. Everything alternates in one run; files lie in the page cache when they are read. Peak extra
+one file, flushed to disk, and read back. Every way to save writes beside what it saved before and then removes that, as a run does.
+Everything alternates in one run, after turns that have touched as much page cache as will be used: on a virtual machine a page's first
+touch can cost more than its write. Files lie in the page cache when they are read. Peak extra
 memory is the growth of the process' resident memory over what it was before (`VmHWM` of /proc, reset before each run).
 """
 
@@ -38,6 +40,7 @@ from megarl.ppo.roles import build_learner
 BLOCK_BYTES = 16 << 20
 TARGET_SPEED, TARGET_STALL = 0.7, 10
 GB, MIB = 1e9, 1 << 20
+WARM_UP = 3  # turns
 
 
 def model(quick: bool) -> dict:
@@ -97,12 +100,14 @@ class Contest:
         load(newest, manifest, self.students)
 
     def raw_write(self) -> None:
-        with open(self.directory / "raw", "wb", buffering=0) as file:
+        new = self.directory / "raw-new"
+        with open(new, "wb", buffering=0) as file:
             for tensor in self.tensors.values():
                 data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
                 for start in range(0, len(data), BLOCK_BYTES):
                     file.write(data[start : start + BLOCK_BYTES])
             os.fsync(file.fileno())
+        new.replace(self.directory / "raw")
 
     def raw_read(self) -> None:
         buffer = bytearray(BLOCK_BYTES)
@@ -111,8 +116,10 @@ class Contest:
                 pass
 
     def dcp_save(self) -> None:
-        shutil.rmtree(self.directory / "dcp", ignore_errors=True)
-        dcp.save(dict(self.tensors), storage_writer=dcp.FileSystemWriter(self.directory / "dcp", sync_files=True))
+        old, new = self.directory / "dcp", self.directory / "dcp-new"
+        dcp.save(dict(self.tensors), storage_writer=dcp.FileSystemWriter(new, sync_files=True))
+        shutil.rmtree(old, ignore_errors=True)
+        new.rename(old)
 
     def dcp_load(self) -> None:
         dcp.load(dict(self.tensors), storage_reader=dcp.FileSystemReader(self.directory / "dcp"))
@@ -165,9 +172,9 @@ def measure(quick: bool, directory: Path | None) -> Mapping[str, Any]:
             "torch DCP": contest.dcp_save,
         }
         loading = {"raw file": contest.raw_read, "megarl, every byte verified": contest.load, "torch DCP": contest.dcp_load}
-        repeats = 2 if quick else 5
+        repeats = 2 if quick else 9
         saved, loaded = timed(saving, repeats), timed(loading, repeats)
-        stall = median(contest.stalls[1:])
+        stall = median(contest.stalls[WARM_UP:])
         peaks = {name: peak_growth(work) for name, work in (saving | {f"load: {name}": work for name, work in loading.items()}).items()}
         gigabytes = contest.num_bytes / GB
     groups.shutdown()
@@ -187,15 +194,15 @@ def measure(quick: bool, directory: Path | None) -> Mapping[str, Any]:
 
 
 def timed(contenders: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds; contenders take turns, in another order each time, after one turn to warm up. The disk is quiet at each start."""
+    """Median seconds; contenders take turns, in another order each time, after turns to warm up. The disk is quiet at each start."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
-    for turn in range(repeats + 1):
+    for turn in range(WARM_UP + repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             os.sync()
             start = time.perf_counter()
             contenders[name]()
-            if turn > 0:
+            if turn >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(times) for name, times in seconds.items()}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from megarl.checkpoint.manifest import StoredFile, StoredTensor
 from megarl.checkpoint.publish import NOT_WRITTEN, stored
 from megarl.checkpoint.sharded import DTYPE_NAMES
+from megarl.checkpoint.side_by_side import side_by_side
 from megarl.models.family import ModelSpec
 from megarl.models.optimizer_pieces import Slot
 from megarl.models.pieces import Piece
@@ -106,11 +107,20 @@ class HostBuffers:
             self._blocks, self._copies, self._shape = [], [], []
             self._blocks, self._copies = _buffers(plan)
             self._shape = shape
-        for file, copies in zip(plan, self._copies, strict=True):
-            for key, tensor in file.tensors.items():
-                copies[key].copy_(tensor, non_blocking=True)
-        device.synchronize()
+        pairs = list(zip(plan, self._copies, strict=True))
+        if device.is_cuda():
+            for pair in pairs:
+                _copy(pair)  # in this thread's stream, behind the step's last kernels
+            device.synchronize()
+        else:
+            side_by_side(_copy, pairs, MAX_FILES)
         return [replace(file, tensors=copies) for file, copies in zip(plan, self._copies, strict=True)]
+
+
+def _copy(pair: tuple[PlannedFile, dict[str, Tensor]]) -> None:
+    file, copies = pair
+    for key, tensor in file.tensors.items():
+        copies[key].copy_(tensor, non_blocking=True)
 
 
 def _buffers(plan: Sequence[PlannedFile]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
