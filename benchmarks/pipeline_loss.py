@@ -92,6 +92,7 @@ def experience(vocab_size: int, num_rows: int) -> Experience:
         baselines=torch.zeros(num_rows),
         baseline_truncated=torch.zeros(num_rows, dtype=torch.bool),
         ages=torch.zeros(shape, dtype=torch.int64),
+        must_go_on=torch.zeros(shape, dtype=torch.bool),
         old_logprobs=noise(*shape) - 9,
         ref_logprobs=noise(*shape) - 9,
         values=noise(*shape),

@@ -2,8 +2,6 @@
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +13,7 @@ from megarl.config import PpoRun
 from megarl.models.family import spec_from_hf_config
 from megarl.models.random_weights import RandomSource
 from megarl.models.spec import ModelSpec
-from megarl.parallel import groups, wires
+from megarl.parallel import groups
 from megarl.parallel.memory import Phases
 from megarl.parallel.phases import FROZEN
 from megarl.ppo.roles import Actor, Critic, Reference
@@ -32,6 +30,7 @@ MIXTURE = LLAMA | {
     "norm_topk_prob": True,
 }
 SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
     "small": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
     "medium": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8},
     "large": {"vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
@@ -47,6 +46,7 @@ class Case:
     precision: str = "fp32"
     offload: str = "none"
     is_mixture: bool = False
+    frozen_layers: int = 0  # of the actor and the critic
 
     @property
     def spec(self) -> ModelSpec:
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def run(self) -> PpoRun:
-        model = {"path": "model"}
+        model = {"path": "model", "frozen_layers": self.frozen_layers}
         return PpoRun.model_validate(
             {
                 "output_dir": "out",
@@ -79,6 +79,7 @@ class Case:
         words = [f"{name}={value}" for name, value in self.parallel.items()] or ["data"]
         words += [self.precision] if self.precision != "fp32" else []
         words += [f"offload={self.offload}"] if self.offload != "none" else []
+        words += [f"frozen_layers={self.frozen_layers}"] if self.frozen_layers else []
         return " ".join([*(["mixture"] if self.is_mixture else []), *words])
 
 
@@ -97,8 +98,8 @@ class Sleeper:
 def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     """One step's scoring and learning, the second after one to warm up.
 
-    Returns the bytes of `Phases.resident_bytes` in each phase, the most that the process allocated in scoring and learning beyond what it
-    had before the models, and the bytes that this rank sent by kind.
+    Returns by phase the bytes of `Phases.resident_bytes`, the most that the process allocated beyond what it had before the models, and
+    the bytes that this rank handed to collectives by kind.
     """
     run, spec = case.run, case.spec
     layout = groups.initialize(run.parallel, seed=0)
@@ -112,21 +113,20 @@ def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     phases.admit("critic", critic.movables)
     rows = run.ppo.minibatch_size // layout.data
     batch = experience(spec.vocab_size, rows)
-    found: dict[str, Any] = {"resident": {}, "peak": {}}
+    found: dict[str, Any] = {"resident": {}, "peak": {}, "sent": {}}
     for _ in range(2):
         with phases.scoring():
             found["resident"]["scoring"] = sum(phases.resident_bytes().values())
-            with PeakMemory(before) as memory:
+            with Ledger(before) as ledger:
                 actor.logprobs(batch), reference.logprobs(batch), critic.values(batch)
-            found["peak"]["scoring"] = memory.peak
+            found["peak"]["scoring"], found["sent"]["scoring"] = ledger.peak, dict(ledger.sent)
         with phases.learning():
-            with PeakMemory(before) as memory, counted() as sent:
+            with Ledger(before) as ledger:
                 critic.update(batch)
                 actor.update(batch)
             found["resident"]["learning"] = sum(phases.resident_bytes().values())
-            found["peak"]["learning"] = memory.peak
-    host = sum(tensor.nbytes for *_, movable in phases._movables for _, tensor in movable._host.values())
-    return found | {"sent": dict(sent), "host": host}
+            found["peak"]["learning"], found["sent"]["learning"] = ledger.peak, dict(ledger.sent)
+    return found
 
 
 def experience(vocab_size: int, rows: int) -> Experience:
@@ -148,6 +148,7 @@ def experience(vocab_size: int, rows: int) -> Experience:
         baselines=torch.zeros(rows),
         baseline_truncated=torch.zeros(rows, dtype=torch.bool),
         ages=torch.zeros(shape, dtype=torch.int64),
+        must_go_on=torch.zeros(shape, dtype=torch.bool),
         old_logprobs=zeros - 8.0 * mask,
         ref_logprobs=zeros,
         values=zeros,
@@ -157,18 +158,61 @@ def experience(vocab_size: int, rows: int) -> Experience:
     )
 
 
-# ---------------------------------------------------------------- bytes allocated
-class PeakMemory(TorchDispatchMode):
-    """The most that this process had allocated beyond `start`, asked after every operation of torch."""
+# ---------------------------------------------------------------- bytes allocated and sent
+COLLECTIVES = {
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "allgather_": "all-gather",
+    "_allgather_base_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "reduce_scatter_": "reduce-scatter",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "alltoall_": "all-to-all",
+    "alltoall_base_": "all-to-all",
+    "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "send": "send",
+}
+
+
+class Ledger(TorchDispatchMode):
+    """Asked after every operation of torch: the most that the process had allocated beyond `start`, and the bytes handed to collectives.
+
+    `sent` holds buffers by kind as `megarl.planner.messages` counts them: whole ones, of groups of several ranks. Everything that
+    communicates passes here, from wherever it is called, as torch.distributed dispatches it.
+    """
 
     def __init__(self, start: int):
         super().__init__()
-        self.start, self.peak = start, 0
+        self.start, self.peak, self.sent = start, 0, Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function.namespace == "c10d":
+            self._take(function.__name__.partition(".")[0], args)
         result = function(*args, **(kwargs or {}))
         self.peak = max(self.peak, bytes_in_use() - self.start)
         return result
+
+    def _take(self, name: str, args: tuple) -> None:
+        if name not in COLLECTIVES or group_of(args).size() == 1:
+            return
+        sizes = [sum(tensor.nbytes for tensor in tensors_in(argument)) for argument in args[:2]]
+        kind = COLLECTIVES[name]
+        self.sent[kind] += sizes[1] if kind == "all-to-all" else max(sizes)
+
+
+def tensors_in(argument: Any) -> list[torch.Tensor]:
+    """A tensor, or those of a list, or of lists in a list."""
+    if isinstance(argument, torch.Tensor):
+        return [argument]
+    return [tensor for one in argument for tensor in tensors_in(one)] if isinstance(argument, list | tuple) else []
+
+
+def group_of(args: tuple) -> dist.ProcessGroup:
+    """The group that a dispatched collective is given."""
+    (group,) = (one for one in args if isinstance(one, torch.ScriptObject) and "ProcessGroup" in str(one._type()))
+    return dist.ProcessGroup.unbox(group)
 
 
 class MallocInfo(ctypes.Structure):
@@ -183,44 +227,3 @@ def bytes_in_use() -> int:
     """What glibc has handed out and not got back."""
     info = _mallinfo()
     return info.uordblks + info.hblkhd
-
-
-# ---------------------------------------------------------------- bytes sent
-@contextmanager
-def counted() -> Iterator[Counter]:
-    """Bytes that this rank hands to torch.distributed while inside: messages between stages, and buffers of collectives by operation."""
-    total: Counter = Counter()
-    names = (
-        "all_reduce",
-        "all_gather_into_tensor",
-        "reduce_scatter_tensor",
-        "_all_gather_base",
-        "_reduce_scatter_base",
-        "broadcast",
-        "reduce",
-    )
-    originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
-    send = wires.Outbox.send
-
-    def counting(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            group = kwargs.get("group")
-            if dist.get_world_size(group) > 1:
-                total[name] += max(argument.nbytes for argument in args if isinstance(argument, torch.Tensor))
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    def sending(outbox: wires.Outbox, tensor: torch.Tensor, wire: wires.Wire, destination: int) -> None:
-        total["between stages"] += tensor.nbytes
-        send(outbox, tensor, wire, destination)
-
-    for name in originals:
-        setattr(dist, name, counting(name))
-    wires.Outbox.send = sending
-    try:
-        yield total
-    finally:
-        for name, function in originals.items():
-            setattr(dist, name, function)
-        wires.Outbox.send = send

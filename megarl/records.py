@@ -23,6 +23,7 @@ class Sampling:
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    min_tokens: int = 0  # of a response: none of the first so many is one of `stop_token_ids`, and no text in them ends it
 
     @classmethod
     def from_list(cls, values: list) -> "Sampling":
@@ -53,6 +54,11 @@ class RolloutRequest:
     sampling: Sampling
     seed: int
     num_sampled: int = 0
+
+    @property
+    def num_unending(self) -> int:
+        """How many of the tokens asked for cannot end the response."""
+        return min(max(0, self.sampling.min_tokens - self.num_sampled), self.sampling.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,7 @@ class RolloutBatch(TokenBatch):
     baselines: torch.Tensor  # f32[B]: reward of the greedy response to the same prompt; 0 where there is none
     baseline_truncated: torch.Tensor  # bool[B]: the length limit cut that one
     ages: torch.Tensor  # i64[B, T]: how many policy versions ago each response token was sampled; 0 elsewhere
+    must_go_on: torch.Tensor  # bool[B, T]: response tokens that could not end it (`rollout.min_response_tokens`)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class RolloutConfig(Section):
     prompts_per_step: Positive = 64
     samples_per_prompt: Positive = 1
     max_response_tokens: Positive = 128
+    min_response_tokens: NotNegative = 0  # none of a response's first so many tokens ends it; the learner knows (docs/sampling.md)
     length_schedule: LengthSchedule | None = None  # a lower limit in early steps; evaluation keeps max_response_tokens
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # text that ends a response, and belongs to it
     stop_token_ids: tuple[NotNegative, ...] = ()  # tokens that end a response, beside the tokenizer's and the model's end-of-text

@@ -22,10 +22,12 @@ def pack(
     sample_ids: Sequence[int],
     group_ids: Sequence[int],
     policy_version: int = 0,
+    min_tokens: int = 0,
 ) -> RolloutBatch:
     """Trajectories of one data-parallel replica as a `RolloutBatch` of B = len(trajectories) rows and T = `length` tokens.
 
-    `sample_ids` are positions in the whole rollout, `group_ids` are equal for samples of one prompt; ages count back from `policy_version`.
+    `sample_ids` are positions in the whole rollout, `group_ids` are equal for samples of one prompt; ages count back from `policy_version`;
+    no response could end with one of its first `min_tokens` tokens.
     Raises `RolloutError` or `RewardError` for a completion without tokens, with mismatched log-probs, or with a reward that is not finite.
     """
     for trajectory in trajectories:
@@ -34,6 +36,7 @@ def pack(
     token_ids, lengths = pad_rows(rows, pad_id, length)
     starts = torch.tensor([len(t.prompt.token_ids) for t in trajectories]).unsqueeze(1)
     positions = torch.arange(length).unsqueeze(0)
+    response_mask = (positions >= starts) & (positions < lengths.unsqueeze(1))
     rollout_logprobs = torch.zeros(len(rows), length)
     ages = torch.zeros_like(token_ids)
     for i, t in enumerate(trajectories):
@@ -44,7 +47,7 @@ def pack(
     return RolloutBatch(
         token_ids=token_ids,
         lengths=lengths,
-        response_mask=(positions >= starts) & (positions < lengths.unsqueeze(1)),
+        response_mask=response_mask,
         rollout_logprobs=rollout_logprobs,
         rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32),
         truncated=torch.tensor([t.completion.finish_reason == "length" for t in trajectories]),
@@ -53,6 +56,7 @@ def pack(
         baselines=torch.tensor([0.0 if t.greedy is None else t.greedy.reward for t in trajectories], dtype=torch.float32),
         baseline_truncated=torch.tensor([t.greedy is not None and t.greedy.completion.finish_reason == "length" for t in trajectories]),
         ages=ages,
+        must_go_on=response_mask & (positions < starts + min_tokens),
     )
 
 

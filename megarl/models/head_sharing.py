@@ -149,6 +149,7 @@ class VocabularyShares(_TokenShares):
         Entered by every context-parallel rank, and by every tensor-parallel one with equal `hidden`, whose gradient is whole on each.
         """
         weight = replica.weight
+        barred_ids, barred = self.barred(share.rows)
         shard = VocabularyShard(
             first_column=parallel_state.get_tensor_model_parallel_rank() * len(weight),
             vocab_size=replica.spec.vocab_size,
@@ -156,10 +157,16 @@ class VocabularyShares(_TokenShares):
             rows_per_slice=max(1, self.logits_bytes // (4 * len(weight))),
             group=parallel_state.get_tensor_model_parallel_group(),
             keeps_slice=True,  # a share's backward follows its loss
+            barred_ids=barred_ids,
         )
         targets = share.rows.sequences().token_ids.flatten()[share.targets]
-        stats = vocabulary_stats(copy_to_tensor_model_parallel_region(hidden), weight, targets, shard, with_entropy)
+        barred = None if barred is None else barred.flatten()[share.targets]
+        stats = vocabulary_stats(copy_to_tensor_model_parallel_region(hidden), weight, targets, shard, with_entropy, barred)
         return context.summed(torch.stack([_spread(found, share) for found in stats])).unbind(0)
+
+    def barred(self, rows: Any) -> tuple[tuple[int, ...], Tensor | None]:
+        """Tokens that the policy could not choose, and where, bool[B, T]; None: nowhere."""
+        return (), None
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,14 @@ def token_stats(
     logits_bytes: int,
     with_entropy: bool,
     mask: Tensor | None = None,
+    barred_ids: tuple[int, ...] = (),
+    barred: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every token and, when asked, entropy (nats) of the distribution it came from, both f32[B, T].
 
     The output layer runs only where `mask` (bool[B, T], default everywhere) is True, on slices of tokens whose float32 logits take at
-    most `logits_bytes` on a rank; results are 0 elsewhere. `temperature` divides the logits; columns past the vocabulary are left out.
+    most `logits_bytes` on a rank; results are 0 elsewhere. `temperature` divides the logits; columns past the vocabulary are left out, and
+    so are `barred_ids` where `barred` (bool[B, T]) is True.
     """
     core = unwrapped(model)
     is_split = core.config.sequence_parallel
@@ -62,8 +65,10 @@ def token_stats(
         temperature=temperature,
         rows_per_slice=max(1, logits_bytes // (4 * len(weight))),
         group=parallel_state.get_tensor_model_parallel_group(),
+        barred_ids=barred_ids,
     )
-    logprobs, entropy = vocabulary_stats(rows, weight, token_ids.flatten()[tokens], shard, with_entropy)
+    barred = None if barred is None else barred.flatten()[tokens]
+    logprobs, entropy = vocabulary_stats(rows, weight, token_ids.flatten()[tokens], shard, with_entropy, barred)
     empty = logprobs.new_zeros(token_ids.numel())
     stats = torch.stack([empty.index_copy(0, tokens, found * factor) for found in (logprobs, entropy)])
     return context.summed(stats).view(2, *token_ids.shape).unbind(0)
@@ -90,12 +95,16 @@ def scores_of_tokens(model: torch.nn.Module, hidden: Tensor, sequences: TokenBat
 
 @dataclass(frozen=True)
 class LogprobHead(VocabularyShares):
-    """f32[B, T] log-probabilities where `mask_field` of the rows (bool[B, T]) is True, 0 elsewhere; everywhere when it is None."""
+    """f32[B, T] log-probabilities where `mask_field` of the rows (bool[B, T]) is True, 0 elsewhere; everywhere when it is None.
+
+    Where `must_go_on` of the rows is True, `end_ids` have probability 0, as they had for the sampler. Without any nobody reads that field.
+    """
 
     logits_bytes: int
     temperature: float = 1.0
     mask_field: str | None = None
     deals: Deal = "tokens"  # how stages share the work: a loss over whole sequences needs "rows"
+    end_ids: tuple[int, ...] = ()
 
     def __call__(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any) -> Tensor:
         return self.stats(model, hidden, sequences, rows, with_entropy=False)[0]
@@ -106,7 +115,11 @@ class LogprobHead(VocabularyShares):
 
     def stats(self, model: torch.nn.Module, hidden: Tensor, sequences: TokenBatch, rows: Any, with_entropy: bool) -> tuple[Tensor, Tensor]:
         mask = None if self.mask_field is None else getattr(rows, self.mask_field)
-        return token_stats(model, hidden, sequences, self.temperature, self.logits_bytes, with_entropy, mask)
+        return token_stats(model, hidden, sequences, self.temperature, self.logits_bytes, with_entropy, mask, *self.barred(rows))
+
+    def barred(self, rows: Any) -> tuple[tuple[int, ...], Tensor | None]:
+        """`end_ids`, and where tokens cannot be one of them, bool[B, T]."""
+        return self.end_ids, rows.must_go_on if self.end_ids else None
 
     def result_shape(self, sequences: TokenBatch) -> tuple[int, ...]:
         return tuple(sequences.token_ids.shape)

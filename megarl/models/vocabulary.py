@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-HIDDEN_LOGIT = -1e30  # of padded columns: finite, so that probability 0 times logit is 0 and not nan
+HIDDEN_LOGIT = -1e30  # of padded columns and barred tokens: finite, so that probability 0 times logit is 0 and not nan
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class VocabularyShard:
     `temperature` divides the logits, `rows_per_slice` bounds the tokens whose logits exist at once, `group` sums over the tensor-parallel
     ranks (None: this rank holds the whole vocabulary). `keeps_slice` True: a single slice's logits stay until backward, which saves a
     quarter of the work; only for callers that go backward before they go forward again, so that no second slice exists meanwhile.
+    `barred_ids` are tokens that those cannot be which a caller says so of.
     """
 
     first_column: int
@@ -31,28 +32,35 @@ class VocabularyShard:
     rows_per_slice: int
     group: dist.ProcessGroup | None = None
     keeps_slice: bool = False
+    barred_ids: tuple[int, ...] = ()
 
 
-def vocabulary_stats(hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, with_entropy: bool) -> tuple[Tensor, Tensor]:
+def vocabulary_stats(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, with_entropy: bool, barred: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and, when asked, the entropy (nats) of its distribution; differentiable in both.
 
     Entered by every rank of `shard.group` with equal `hidden` and `targets`; the gradient of `hidden` is this rank's part, to be summed
     over the group. Shapes: `hidden` [N, H], `weight` [V, H], `targets` i64[N] -> two f32[N] (zeros for the entropy when not asked).
+    Where `barred` bool[N] is True the distribution is the one over all tokens but `shard.barred_ids`.
     """
-    return _VocabularyStats.apply(hidden, weight, targets, shard, with_entropy)
+    barred = barred if shard.barred_ids else None
+    return _VocabularyStats.apply(hidden, weight, targets, shard, with_entropy, barred)
 
 
 class _VocabularyStats(torch.autograd.Function):
     """d logprob / d z = onehot - p and d entropy / d z = -p (log p + entropy), with z the tempered logits."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, with_entropy: bool, barred: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         logprobs, log_total, entropy = torch.zeros((3, len(hidden)), dtype=torch.float32, device=hidden.device)
         slices = _slices(len(hidden), shard.rows_per_slice)
         keeps = shard.keeps_slice and len(slices) == 1 and any(ctx.needs_input_grad)
         kept = ()
         for rows in slices:
-            logits = _tempered_logits(hidden[rows], weight, shard)
+            logits = _tempered_logits(hidden[rows], weight, shard, None if barred is None else barred[rows])
             top = _reduced(logits.amax(1), shard, dist.ReduceOp.MAX)
             logits -= top[:, None]
             local, is_mine = _local_targets(targets[rows], weight, shard)
@@ -68,14 +76,14 @@ class _VocabularyStats(torch.autograd.Function):
             if with_entropy:
                 entropy[rows] = total.log() - spread / total
         ctx.save_for_backward(hidden, weight, targets, log_total, entropy, *kept)
-        ctx.shard, ctx.with_entropy = shard, with_entropy
+        ctx.shard, ctx.with_entropy, ctx.barred = shard, with_entropy, barred
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
         hidden, weight, targets, log_total, entropy, *kept = ctx.saved_tensors
-        shard = ctx.shard
+        shard, barred = ctx.shard, ctx.barred
         if not ctx.with_entropy:
             grad_entropy = None
         if grad_logprobs is None:
@@ -88,7 +96,8 @@ class _VocabularyStats(torch.autograd.Function):
             if kept:
                 log_p = kept[0].sub_(kept[1][:, None])  # the graph is used up: nobody reads them again
             else:
-                log_p = _tempered_logits(hidden[rows], weight, shard).sub_(log_total[rows, None])
+                logits = _tempered_logits(hidden[rows], weight, shard, None if barred is None else barred[rows])
+                log_p = logits.sub_(log_total[rows, None])
             p = log_p.exp()
             if grad_entropy is None:
                 grad = p.mul_(-grad_logprobs[rows, None])
@@ -101,20 +110,23 @@ class _VocabularyStats(torch.autograd.Function):
             grad_hidden[rows] = (grad @ weight).to(hidden.dtype)
             if ctx.needs_input_grad[1]:
                 grad_weight += grad.t() @ hidden[rows].to(weight.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 def _slices(num_rows: int, rows_per_slice: int) -> list[slice]:
     return [slice(start, min(start + rows_per_slice, num_rows)) for start in range(0, num_rows, rows_per_slice)]
 
 
-def _tempered_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard) -> Tensor:
+def _tempered_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard, barred: Tensor | None) -> Tensor:
     logits = F.linear(hidden.to(weight.dtype), weight).float()
     if shard.temperature != 1.0:
         logits.div_(shard.temperature)
     num_real = max(0, min(shard.vocab_size - shard.first_column, len(weight)))
     if num_real < len(weight):
         logits[:, num_real:] = HIDDEN_LOGIT
+    here = [token - shard.first_column for token in shard.barred_ids if 0 <= token - shard.first_column < len(weight)]
+    if barred is not None and here:
+        logits[:, here] = logits[:, here].masked_fill(barred[:, None], HIDDEN_LOGIT)
     return logits
 
 

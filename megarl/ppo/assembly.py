@@ -57,17 +57,19 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     spec, source = together(lambda: open_start(run.actor, "actor", run.seed))
     together(lambda: check_vocabulary(tokenizer, spec.vocab_size, run.actor.path, "actor.path"))
     stops = (*stop_token_ids(tokenizer, spec.end_ids), *run.rollout.stop_token_ids)
+    end_ids = stops if run.rollout.min_response_tokens else ()
     engine = _start_engine(run, layout, spec)
-    actor = Actor(spec, run, layout, source, ptx)
+    actor = Actor(spec, run, layout, source, ptx, end_ids)
     weight_sync = _make_sync(run, layout, engine)
     memory = Phases(engine, offload_of(run, device.is_cuda()), partial(weight_sync.push, actor))
     memory.admit("actor", actor.movables)
-    reference = _build_reference(run, layout, memory, actor)
+    reference = _build_reference(run, layout, memory, actor, end_ids)
     sampler = TextStops(engine, tokenizer) if run.rollout.stop_strings else engine
     builder = TermBuilder(run, layout, tokenizer, memory)
     rewards = WeightedSum(builder.terms("rewards", run.rewards), together(lambda: build_hook(run)))
     early = EarlyScores(rewards.terms, tokenizer, prompts.find, _patience(run))
-    judge = Judge(rewards, tokenizer, layout, ahead=ScoredAhead(layout, early, engine.group) if early.is_used else None)
+    ahead = ScoredAhead(layout, early, engine.group) if early.is_used else None
+    judge = Judge(rewards, tokenizer, layout, ahead, run.rollout.min_response_tokens)
     harvester = Harvester(run, layout, prompts, stops, sampler, memory)
     return Parts(
         harvester=harvester,
@@ -130,12 +132,12 @@ def _patience(run: PpoRun) -> float:
     return 0.9 * run.parallel.timeout_s
 
 
-def _build_reference(run: PpoRun, layout: ParallelLayout, memory: Phases, actor: Actor) -> KlSource:
+def _build_reference(run: PpoRun, layout: ParallelLayout, memory: Phases, actor: Actor, end_ids: tuple[int, ...]) -> KlSource:
     kl = run.ppo.kl
     if run.reference is None and kl.coef == 0 and kl.target is None:
         return NoReference()
     # By default the actor's start: its files once more, or the same draw. A checkpoint to resume from is read into the actor alone, later.
-    reference = Reference(*_role_arguments(run, layout, run.reference or run.actor, "actor"))
+    reference = Reference(*_role_arguments(run, layout, run.reference or run.actor, "actor"), end_ids)
     if run.ppo.reference_refresh is None:
         memory.admit(FROZEN, reference.movables)
         return FrozenReference(reference, kl.estimator)
@@ -177,8 +179,7 @@ def _build_evaluator(
         own = prompts.first(config.num_prompts, layout)
         requests = eval_requests(config, make_greedy_requests(own, run.rollout, stops))
         key = f"eval.sets.{run.eval.sets.index(config)}.metrics" if config in run.eval.sets else "eval"
-        most = -(-min(config.num_prompts, len(prompts)) // layout.data) * (1 + config.samples)
-        sets.append(HeldOut(config, own, requests, builder.terms(key, config.metrics), most))
+        sets.append(HeldOut(config, own, requests, builder.terms(key, config.metrics)))
     return Evaluator(run.eval, sets, engine, memory, tokenizer, layout, run.ppo.total_steps)
 
 

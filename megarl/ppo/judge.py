@@ -11,12 +11,10 @@ from megarl.parallel.layout import ParallelLayout
 from megarl.ppo.scoring import ScoredAhead, SharedScoring
 from megarl.records import Completion, Prompt, RolloutBatch, Trajectory
 from megarl.rewards.constant import ConstantAlarm
-from megarl.rewards.model import ModelScorer
 from megarl.rewards.scorer import WeightedSum
 from megarl.rollout.engine import OnFinished
 
 TOKENS_A_TENSOR_RANK = 8  # T is a multiple of this on every tensor-parallel rank: aligned for tensor cores
-FILLER = Prompt(-1, (0,)), Completion(-1, 0, (0,), (0.0,), "stop", 0)  # whose score nobody reads
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class Judge:
     layout: ParallelLayout
     alarm: ConstantAlarm = field(default_factory=ConstantAlarm)
     ahead: ScoredAhead | None = None  # None: nothing is scored before all responses are there
+    min_tokens: int = 0  # `rollout.min_response_tokens`
 
     @property
     def on_finished(self) -> OnFinished | None:
@@ -42,21 +41,13 @@ class Judge:
         samples = len(completions) // max(1, len(prompts))
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         found = self.ahead.gathered() if self.ahead is not None else {}
-        shared, num_own = SharedScoring(self.layout), len(completions)
-        filler = [FILLER] * self._num_missing(num_own)
-        repeated += [prompt for prompt, _ in filler]
-        rows = [*completions, *(completion for _, completion in filler)]
+        shared = SharedScoring(self.layout)
 
         def run(runs_once: bool, work: Callable[[], list[float]]) -> list[float]:
-            return shared(runs_once, work if rows else list)
+            # Functions and servers are not asked about nothing. A reward model whose experts data ranks share computes along.
+            return shared(runs_once, work if completions or not runs_once else list)
 
-        return self.rewards.judge(repeated, rows, self.tokenizer, run, found)[:num_own]
-
-    def _num_missing(self, num_rows: int) -> int:
-        """Rows to add for a reward model: the experts of a mixture are shared by data ranks, so that all compute equally many."""
-        if not any(isinstance(term.scorer, ModelScorer) for term in self.rewards.terms):
-            return 0
-        return max(collectives.gather_json(num_rows, groups.group(self.layout, "dp"))) - num_rows
+        return self.rewards.judge(repeated, completions, self.tokenizer, run, found)
 
     def watch(self, trajectories: Sequence[Trajectory]) -> None:
         """Warn of a reward that has been the same for all responses of many steps. Called once a step, with what is learned from."""
@@ -78,7 +69,7 @@ class Judge:
         length = padded_length(lengths, TOKENS_A_TENSOR_RANK * self.layout.tensor)
         group_ids = [sample_id // samples for sample_id in sample_ids]
         batch = collectives.together(
-            lambda: pack(trajectories, self.tokenizer.pad_id, length, sample_ids, group_ids, policy_version),
+            lambda: pack(trajectories, self.tokenizer.pad_id, length, sample_ids, group_ids, policy_version, self.min_tokens),
             groups.group(self.layout, "world"),
         )
         return batch.to(device.device())

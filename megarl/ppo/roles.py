@@ -80,10 +80,18 @@ def num_updates(run: PpoRun, first_step: int = 0) -> int:
 class Actor:
     """The policy that is trained. `movables` is what it owns by part, each of which can be offloaded and brought back.
 
-    `ptx` is text that it imitates in every update.
+    `ptx` is text that it imitates in every update; `end_ids` are the tokens that it could not choose where a rollout `must_go_on`.
     """
 
-    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource, ptx: Ptx | NoPtx = NO_PTX):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        run: PpoRun,
+        layout: ParallelLayout,
+        source: TensorSource,
+        ptx: Ptx | NoPtx = NO_PTX,
+        end_ids: tuple[int, ...] = (),
+    ):
         total_steps = num_updates(run, run.ppo.critic_warmup_steps)
         self.spec, self.layout, self.ptx, self._ppo = spec, layout, ptx, run.ppo
         ema_decay = None if run.ppo.ema is None else run.ppo.ema.decay
@@ -96,7 +104,8 @@ class Actor:
         is_whole = run.ppo.aggregation == "sequence_mean" or run.ppo.ratio_level == "sequence"
         is_whole = is_whole or (correction.kind != "none" and correction.level == "sequence")
         deals = "rows" if is_whole else "tokens"
-        self._scoring_head, self._learning_head = LogprobHead(*settings), PolicyHead(*settings, deals=deals)
+        self._scoring_head = LogprobHead(*settings, end_ids=end_ids)
+        self._learning_head = PolicyHead(*settings, deals=deals, end_ids=end_ids)
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Log-probabilities of the response tokens under the policy as it is, tempered like the sampler: f32[B, T], 0 elsewhere."""
@@ -173,14 +182,15 @@ class Critic:
 class Reference:
     """The frozen policy that the KL penalty is measured against. Of its `movables` there are weights alone.
 
-    With `ppo.reference_refresh` it is not frozen for good: see `ppo.reference`.
+    With `ppo.reference_refresh` it is not frozen for good: see `ppo.reference`. `end_ids` as for the actor, so that both speak of
+    distributions over the same tokens.
     """
 
-    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource):
+    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource, end_ids: tuple[int, ...] = ()):
         self.spec, self.layout = spec, layout
         self.replica, self.pieces = build_frozen(spec, "actor", run, layout, source)
         self.movables = {"weights": Movable(self.replica.weights, "constant" if run.ppo.reference_refresh is None else "changing")}
-        self._head = LogprobHead(run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
+        self._head = LogprobHead(run.parallel.logits_bytes, run.rollout.temperature, "response_mask", end_ids=end_ids)
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
         """Log-probabilities of the response tokens, tempered like the sampler: f32[B, T], 0 elsewhere."""

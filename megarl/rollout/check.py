@@ -24,6 +24,11 @@ def sampling_faults(run: PpoRun, vocab_size: int | None) -> Iterator[Fault]:
     if schedule is not None and schedule.start >= rollout.max_response_tokens:
         text = f"found {schedule.start}; expected less than rollout.max_response_tokens {rollout.max_response_tokens}, which it grows to"
         yield Fault((knob, "rollout.max_response_tokens"), f"{knob}: {text}")
+    least, most = rollout.min_response_tokens, rollout.max_response_tokens if schedule is None else schedule.start
+    if least > most:
+        names = ("rollout.max_response_tokens",) if schedule is None else (knob, "rollout.length_schedule")
+        text = f"found {least}; expected at most {names[0]} {most}"
+        yield Fault(("rollout.min_response_tokens", *names), f"rollout.min_response_tokens: {text}")
     outside = [token for token in rollout.stop_token_ids if vocab_size is not None and token >= vocab_size]
     if outside:
         text = f"rollout.stop_token_ids: found {outside[0]}; expected less than the actor's vocabulary of {vocab_size}"

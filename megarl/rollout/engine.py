@@ -52,6 +52,12 @@ def response_limit(rollout: RolloutConfig, step: int) -> int:
     return min(most, schedule.start + (most - schedule.start) * step // schedule.steps)
 
 
+def sampling_of(rollout: RolloutConfig, stop_token_ids: Sequence[int], max_tokens: int) -> Sampling:
+    """How a run draws at most `max_tokens` tokens."""
+    ends = {"stop_token_ids": tuple(stop_token_ids), "stop_strings": rollout.stop_strings}
+    return Sampling(max_tokens, rollout.temperature, **ends, min_tokens=rollout.min_response_tokens)
+
+
 def make_requests(
     prompts: Sequence[Prompt],
     rollout: RolloutConfig,
@@ -66,8 +72,7 @@ def make_requests(
     one epoch ends and the next begins, a prompt may stand twice in a step. `with_greedy`: behind the samples of each prompt, with the next
     index, the request for its likeliest response.
     """
-    limit, ends = response_limit(rollout, seed[1]), (tuple(stop_token_ids), rollout.stop_strings)
-    sampled = Sampling(limit, rollout.temperature, stop_token_ids=ends[0], stop_strings=ends[1])
+    sampled = sampling_of(rollout, stop_token_ids, response_limit(rollout, seed[1]))
     kinds = [sampled] * rollout.samples_per_prompt + [replace(sampled, temperature=0.0)] * with_greedy
     return [
         RolloutRequest(prompt.prompt_id, index, prompt.token_ids, sampling, request_seed(*seed, position, index))
@@ -78,8 +83,7 @@ def make_requests(
 
 def make_greedy_requests(prompts: Sequence[Prompt], rollout: RolloutConfig, stop_token_ids: Sequence[int]) -> list[RolloutRequest]:
     """One request for each prompt that takes the likeliest token at every position, as evaluation does."""
-    ends = {"stop_token_ids": tuple(stop_token_ids), "stop_strings": rollout.stop_strings}
-    sampling = Sampling(max_tokens=rollout.max_response_tokens, temperature=0.0, **ends)
+    sampling = replace(sampling_of(rollout, stop_token_ids, rollout.max_response_tokens), temperature=0.0)
     return [RolloutRequest(prompt.prompt_id, 0, prompt.token_ids, sampling, 0) for prompt in prompts]
 
 
@@ -126,6 +130,8 @@ def _fault(request: RolloutRequest, completion: Completion, vocab_size: int) -> 
     by_text = is_stop and bool(request.sampling.stop_strings)  # which `text_stops` looks at
     if completion.finish_reason not in ("stop", "length") or (stops != is_stop and not by_text):
         return f"finish reason {completion.finish_reason!r} after last token {tokens[-1]} (stop tokens {request.sampling.stop_token_ids})"
+    if is_stop and len(tokens) <= request.num_unending and not by_text:
+        return f"ended after {len(tokens)} tokens; expected more than {request.num_unending}"
     if completion.finish_reason == "length" and len(tokens) != limit:
         return f"cut at {len(tokens)} tokens; the limit is {limit}"
     return ""

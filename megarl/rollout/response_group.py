@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 
 from megarl.config import RolloutConfig
-from megarl.records import Completion, Prompt, RolloutRequest, Sampling
-from megarl.rollout.engine import make_requests, request_seed, response_limit
+from megarl.records import Completion, Prompt, RolloutRequest
+from megarl.rollout.engine import make_requests, request_seed, response_limit, sampling_of
 
 UNFINISHED = "chunk"  # finish reason of a response of which more is to be sampled
 
@@ -60,14 +60,12 @@ class ResponseGroup:
     def _more(self, response: Completion, asking: Asking) -> RolloutRequest:
         done = len(response.token_ids)
         is_greedy = response.sample_index >= asking.rollout.samples_per_prompt
-        temperature = 0.0 if is_greedy else asking.rollout.temperature
-        most = min(asking.chunk, asking.limit - done)
-        ends = {"stop_token_ids": asking.stop_token_ids, "stop_strings": asking.rollout.stop_strings}
+        sampling = sampling_of(asking.rollout, asking.stop_token_ids, min(asking.chunk, asking.limit - done))
         return RolloutRequest(
             response.prompt_id,
             response.sample_index,
             (*self.prompt.token_ids, *response.token_ids),
-            Sampling(most, temperature, **ends),
+            replace(sampling, temperature=0.0) if is_greedy else sampling,
             request_seed(asking.run_seed, asking.step, self.position, response.sample_index, done),
             done,
         )

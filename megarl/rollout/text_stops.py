@@ -43,7 +43,7 @@ class TextStops:
 def _cut(request: RolloutRequest, completion: Completion, tokenizer: Tokenizer) -> Completion:
     strings = request.sampling.stop_strings
     before = request.token_ids[len(request.token_ids) - request.num_sampled :]
-    length = first_end((*before, *completion.token_ids), len(before), strings, tokenizer) - len(before)
+    length = first_end((*before, *completion.token_ids), len(before), strings, tokenizer, request.sampling.min_tokens) - len(before)
     if length <= len(completion.token_ids):
         return _first(completion, length)
     if completion.finish_reason == "stop" and completion.token_ids[-1] not in request.sampling.stop_token_ids:
@@ -52,18 +52,19 @@ def _cut(request: RolloutRequest, completion: Completion, tokenizer: Tokenizer) 
     return completion
 
 
-def first_end(token_ids: Sequence[int], start: int, strings: Sequence[str], tokenizer: Tokenizer) -> int:
+def first_end(token_ids: Sequence[int], start: int, strings: Sequence[str], tokenizer: Tokenizer, min_tokens: int = 0) -> int:
     """How many of the tokens it takes until their text holds one of `strings`, more than `start`; len + 1 where all do not.
 
-    Text is what `tokenizer.decode` says: special tokens stand for none.
+    Text is what `tokenizer.decode` says: special tokens stand for none. A string that the first `min_tokens` tokens hold does not count.
     """
+    num_ignored = len(tokenizer.decode(token_ids[:min_tokens])) if strings and min_tokens else 0
 
     def ends(count: int) -> bool:
         text = tokenizer.decode(token_ids[:count])
-        return any(string in text for string in strings)
+        return any(text.find(string, max(0, num_ignored - len(string) + 1)) >= 0 for string in strings)
 
-    low, high = start + 1, len(token_ids)
-    if not strings or not ends(high):
+    low, high = max(start, min_tokens) + 1, len(token_ids)
+    if not strings or low > high or not ends(high):
         return len(token_ids) + 1
     while low < high:
         middle = (low + high) // 2

@@ -237,6 +237,7 @@ def _sampling_parameters(request: RolloutRequest) -> SamplingParams:
         raise RolloutError(f"temperature is {sampling.temperature}; expected 0 (greedy) or at least {MIN_TEMPERATURE}")
     return SamplingParams(
         max_tokens=sampling.max_tokens,
+        min_tokens=request.num_unending,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,

@@ -112,5 +112,6 @@ def settings_of(run: SampleRun) -> dict:
     """What decides which lines are right: a run that goes on must have the same."""
     names = ("seed", "precision", "tokenizer", "actor", "rewards", "reward_hook", "data", "sample")
     tree = run.model_dump(mode="json")
-    rollout = {name: tree["rollout"][name] for name in ("samples_per_prompt", "max_response_tokens", "temperature", "stop_strings")}
+    of_responses = ("samples_per_prompt", "min_response_tokens", "max_response_tokens", "temperature", "stop_strings", "stop_token_ids")
+    rollout = {name: tree["rollout"][name] for name in of_responses}
     return {name: tree[name] for name in names} | {"rollout": rollout}

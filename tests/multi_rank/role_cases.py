@@ -115,6 +115,7 @@ def make_experience() -> Experience:
         baselines=torch.zeros(NUM_ROWS),
         baseline_truncated=torch.zeros(NUM_ROWS, dtype=torch.bool),
         ages=torch.zeros_like(tokens),
+        must_go_on=mask & (position < prompts[:, None] + 2),
         old_logprobs=on_response(-4.6 + 0.5 * noise(*shape)),
         ref_logprobs=on_response(-4.6 + 0.5 * noise(*shape)),
         values=on_response(0.1 * noise(*shape)),

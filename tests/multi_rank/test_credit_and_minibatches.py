@@ -40,6 +40,7 @@ def whole_rollout() -> tuple[RolloutBatch, torch.Tensor, torch.Tensor, torch.Ten
         baselines=torch.randn(ROWS, generator=generator),
         baseline_truncated=torch.arange(ROWS) % 3 == 0,
         ages=torch.zeros(ROWS, LENGTH, dtype=torch.int64),
+        must_go_on=mask & (torch.arange(LENGTH) < 3),
     )
     return batch, old, ref, values
 

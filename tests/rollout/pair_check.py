@@ -238,7 +238,8 @@ def trainer_difference(replica, answers, requests) -> float:
     zeros = torch.zeros(len(rows))
     lengths, flags = torch.tensor([len(row) for row in rows]), zeros.bool()
     ages = torch.zeros_like(token_ids)
-    batch = RolloutBatch(token_ids, lengths, mask, sampled, zeros, flags, zeros.long(), torch.arange(len(rows)), zeros, flags, ages)
+    numbers, nowhere = torch.arange(len(rows)), torch.zeros_like(mask)
+    batch = RolloutBatch(token_ids, lengths, mask, sampled, zeros, flags, zeros.long(), numbers, zeros, flags, ages, nowhere)
     with torch.no_grad():
         logprobs = replica.forward(batch, LogprobHead(1 << 20, TEMPERATURE, "response_mask"))
     assert not answers or bool((sampled[mask] != 0).any())

@@ -37,6 +37,7 @@ def cut_response() -> RolloutBatch:
         baselines=torch.tensor([2.0]),
         baseline_truncated=torch.tensor([False]),
         ages=torch.zeros(1, 6, dtype=torch.int64),
+        must_go_on=torch.zeros(1, 6, dtype=torch.bool),
     )
 
 

@@ -38,6 +38,7 @@ def experience(rows: int = 6, length: int = 8) -> Experience:
         baselines=torch.zeros(rows),
         baseline_truncated=torch.zeros(rows, dtype=torch.bool),
         ages=torch.zeros(rows, length, dtype=torch.int64),
+        must_go_on=torch.zeros(rows, length, dtype=torch.bool),
         old_logprobs=per_token(),
         ref_logprobs=per_token(),
         values=per_token(),

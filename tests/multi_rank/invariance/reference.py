@@ -77,6 +77,7 @@ def make_given() -> Given:
         baselines=torch.zeros(NUM_ROWS),
         baseline_truncated=torch.zeros(NUM_ROWS, dtype=torch.bool),
         ages=torch.zeros_like(tokens),
+        must_go_on=torch.zeros_like(mask),
     )
     rejected = torch.arange(NUM_ROWS).roll(3)
     return Given(rollout, drift, PreferenceBatch(tokens, lengths, tokens[rejected], lengths[rejected], torch.zeros(NUM_ROWS)))
