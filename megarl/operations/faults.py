@@ -1,8 +1,8 @@
 """Faults on purpose, for rehearsals: `MEGARL_FAULT=phase:rank:iteration:action`, refused unless `MEGARL_ALLOW_FAULTS=1` is set as well.
 
 Phases are those of `heartbeat` (setup, load, publish, generate, score, learn, save, evaluate); an iteration is the step being worked on,
-from 1, and 0 before the first. `MEGARL_FAULT_ONCE=FILE` lets the fault strike only where FILE does not exist yet, and makes it: a run
-that starts again is then spared.
+from 1, and 0 before the first. Several faults stand with commas between them. With `MEGARL_FAULT_ONCE=FILE` each strikes once: it adds a
+line with its name and the time to FILE, and a run that starts again is spared those that stand there.
 """
 
 import ctypes
@@ -32,13 +32,16 @@ class Fault:
     once: str = ""
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> "Fault | None":
-        """The fault that was asked for. Raises `ConfigError` where it is not allowed or not understood."""
+    def from_environment(cls, environment: Mapping[str, str]) -> "tuple[Fault, ...]":
+        """The faults that were asked for. Raises `ConfigError` where they are not allowed or one is not understood."""
         text = environment.get(FAULT, "")
-        if not text:
-            return None
-        if environment.get(ALLOW) != "1":
+        if text and environment.get(ALLOW) != "1":
             raise ConfigError(f"{FAULT}={text} would break this run on purpose: unset it, or set {ALLOW}=1 to rehearse the fault")
+        return tuple(cls.from_text(name, environment.get(ONCE, "")) for name in text.split(",")) if text else ()
+
+    @classmethod
+    def from_text(cls, text: str, once: str) -> "Fault":
+        """The fault that `text` describes. Raises `ConfigError`."""
         parts = text.split(":")
         numbers = parts[1:3]
         if len(parts) != 4 or parts[0] not in PHASES or not all(map(str.isdigit, numbers)) or parts[3] not in ACTIONS:
@@ -46,18 +49,34 @@ class Fault:
                 f"{FAULT} is {text!r}; expected phase:rank:iteration:action with a phase of {', '.join(PHASES)} and an action of"
                 f" {', '.join(ACTIONS)}"
             )
-        return cls(parts[0], int(numbers[0]), int(numbers[1]), parts[3], environment.get(ONCE, ""))
+        return cls(parts[0], int(numbers[0]), int(numbers[1]), parts[3], once)
+
+    @property
+    def name(self) -> str:
+        """The fault as it is asked for."""
+        return f"{self.phase}:{self.rank}:{self.iteration}:{self.action}"
 
     def strikes(self, phase: str, rank: int, iteration: int) -> bool:
         """Whether this is the moment. `slow` lasts from its iteration on."""
         is_time = iteration >= self.iteration if self.action == "slow" else iteration == self.iteration
-        return (phase, rank) == (self.phase, self.rank) and is_time and not (self.once and os.path.exists(self.once))
+        return (phase, rank) == (self.phase, self.rank) and is_time and self.name not in struck(self.once)
 
     def strike(self) -> None:
         """Do it; `kill`, `exit` and the endless ones do not return."""
         if self.once:
-            os.close(os.open(self.once, os.O_CREAT | os.O_WRONLY, 0o600))
+            descriptor = os.open(self.once, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+            os.write(descriptor, f"{self.name} {time.time():.3f}\n".encode())
+            os.close(descriptor)
         ACTIONS[self.action]()
+
+
+def struck(path: str | os.PathLike) -> dict[str, float]:
+    """Names of the faults that have struck, by the file in `MEGARL_FAULT_ONCE`, with the wall-clock time of each."""
+    try:
+        with open(path) as file:
+            return {name: float(when) for name, when in (line.split() for line in file)}
+    except OSError:
+        return {}
 
 
 def _kill() -> None:

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,9 +38,9 @@ _PLAIN_WAITS = ("threading.py", "subprocess.py", "selectors.py", "_base.py")
 class Heartbeat:
     """The record of one rank. `run` is the run's folder; `folder` is where the file goes, None for none; rank 0 passes `events`."""
 
-    def __init__(self, rank: int, run: Path, folder: Path | None, attempt: str, events: EventLog | None, fault: Fault | None):
+    def __init__(self, rank: int, run: Path, folder: Path | None, attempt: str, events: EventLog | None, faults: Sequence[Fault]):
         self.rank, self.step, self.phase = rank, 0, "setup"
-        self._run, self._attempt, self._events, self._fault = run, attempt, events, fault
+        self._run, self._attempt, self._events, self._faults = run, attempt, events, faults
         self._since = self._waited_from = self._last_pulse = time.monotonic()
         self._longest: dict[str, float] = {}
         self._busy, self._waited = 0.0, False
@@ -69,9 +69,14 @@ class Heartbeat:
         if not inside:
             self._since = time.monotonic()
             self._write()
-        if self._fault is not None and not inside and self._fault.strikes(name, self.rank, self.step):
-            self._fault.strike()
+            self.meet(name)
         return outer
+
+    def meet(self, phase: str) -> None:
+        """The faults on purpose that are due where `phase` begins."""
+        for fault in self._faults:
+            if fault.strikes(phase, self.rank, self.step):
+                fault.strike()
 
     def leave(self, outer: tuple[str, float, int], is_done: bool = True) -> None:
         """The phase has ended (`is_done`) or failed."""
@@ -191,15 +196,14 @@ def rank_of(run: Path) -> Iterator[None]:
     Raises `ConfigError` for a fault hook that is set and not allowed.
     """
     global _current
-    fault = Fault.from_environment(os.environ)
+    faults = Fault.from_environment(os.environ)
     rank, world_size, _ = rank_from_environment()
     attempt, folder = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RUN_ID", "alone"), os.environ.get(FOLDER)
     events = EventLog(run / NAME, attempt=attempt) if rank == 0 else None
     if events is not None:
         events.write("start", ranks=world_size, host=socket.gethostname(), pid=os.getpid())
-    _current = Heartbeat(rank, run, Path(folder) if folder else None, attempt, events, fault)
-    if fault is not None and fault.strikes("setup", rank, 0):
-        fault.strike()
+    _current = Heartbeat(rank, run, Path(folder) if folder else None, attempt, events, faults)
+    _current.meet("setup")
     try:
         yield
     except BaseException as error:

@@ -2,8 +2,9 @@
 
 It reads the heartbeats of the node's ranks once a second. A phase that takes much longer than it ever did in this run is a hang: the
 stacks of all ranks are written down, the rank that the others wait for is named, and the ranks are killed, so that whoever started the
-launcher starts again from the newest checkpoint. Ranks that compute much longer than the others are named as well, and left alone.
-Monitors of one run tell one another about their ranks through `watch/<host>.json` in the run's folder. Imports nothing heavy.
+launcher starts again from the newest checkpoint. Ranks that compute much longer than the others are named as well, and left alone; those
+whose launcher is gone are killed. Monitors of one run tell one another about their ranks through `watch/<host>.json` in the run's folder.
+Imports nothing heavy.
 """
 
 import argparse
@@ -234,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pass
     except OSError:  # the folder is gone: so is the launcher
         pass
-    if os.getppid() != parsed.parent:
+    if os.getppid() != parsed.parent:  # the launcher was killed: nobody else would end its ranks, and another start may follow
+        state.look()
+        state.kill()
         shutil.rmtree(parsed.folder, ignore_errors=True)
     return 0
 
