@@ -6,7 +6,7 @@ The rules are the ones that Megatron-Core, vLLM and the loop would otherwise bre
 import math
 from collections.abc import Iterator, Mapping
 
-from megarl.config import DpoRun, LessonRun, PpoRun, Run, SampleRun, TrainedModelConfig
+from megarl.config import DpoRun, LessonRun, PpoRun, RrhfRun, Run, SampleRun, TrainedModelConfig
 from megarl.config_file import RUNS, Fault
 from megarl.data.check import data_faults
 from megarl.data.pack_size import tile_of, token_budget
@@ -74,9 +74,9 @@ def smallest_world(run: Run) -> int:
     return math.lcm(replica, generator, parallel.pipeline * parallel.expert)
 
 
-def divisors(number: int) -> str:
-    """The divisors of a number in words, the middle left out when there are many."""
-    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+def divisors(number: int, times: int = 1) -> str:
+    """The divisors of a number, each so many `times`, in words, the middle left out when there are many."""
+    found = [str(d * times) for d in range(1, number + 1) if number % d == 0]
     return ", ".join(found if len(found) <= 8 else [*found[:6], "...", found[-1]])
 
 
@@ -343,5 +343,18 @@ def _lesson(run: LessonRun) -> Iterator[Fault]:
 
 
 def _lesson_batch(run: LessonRun, data: int | None) -> Iterator[Fault]:
-    if data is not None:
-        yield from _replica_batch(run, "train.batch_size", run.train.batch_size, data)
+    """A microbatch counts sequences and holds whole rows: pairs, or lists of the largest size."""
+    knob, size, width = "train.batch_size", run.train.batch_size, run.sequences_per_row
+    if data is None:
+        return
+    if width == 1 or size % data:
+        yield from _replica_batch(run, knob, size, data)
+        return
+    share, micro = size // data, run.parallel.microbatch_size
+    if (micro % width or share % (micro // width)) and not run.parallel.max_tokens_per_microbatch:
+        expected = (
+            f"{width} (the sequences of a {run.unit[:-1]}) times a divisor of the {share} {run.unit} that a data-parallel replica has"
+        )
+        text = f"found {micro}; expected {expected} of {knob} ({size} / {data} replicas): {divisors(share, width)}"
+        keys = ("parallel.microbatch_size", knob, *(("rrhf.max_responses",) if isinstance(run, RrhfRun) else ()), *LAYOUT_KEYS)
+        yield Fault(keys, f"parallel.microbatch_size: {text}")

@@ -74,6 +74,7 @@ class DpoConfig(Section):
     loss: Literal["dpo", "ipo"] = "dpo"
     beta: Annotated[float, Field(gt=0)] = 0.1  # how dear it is to leave the reference
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # dpo alone: how probable it is that a pair is the wrong way round
+    nll_coef: Annotated[float, Field(ge=0)] = 0.0  # of imitating the chosen response, too, by the token: keeps it likely
 
 
 class DpoRun(LessonRun):

@@ -1,7 +1,9 @@
 """Direct preference optimisation: the policy itself learns which response of a pair is better. `megarl dpo CONFIG`
 
 With x = beta times how much more than the reference the policy prefers the chosen response, the loss is -log sigmoid(x) (Rafailov et al.
-2023), or (x / beta - 1 / (2 beta))^2 (IPO; Azar et al. 2023), mean over the pairs of the whole batch (semantics section 5).
+2023), or (x / beta - 1 / (2 beta))^2 (IPO; Azar et al. 2023), mean over the pairs of the whole batch (semantics section 5). Either looks at
+differences alone and may make both responses of a pair less likely; against that stands `dpo.nll_coef` times the chosen response's
+negative log-likelihood, over its tokens (Pang et al. 2024, whose coefficient is at the other term; OpenRLHF's nll_loss_coef).
 
 The reference is a frozen model beside the policy and reads every batch as it comes. It costs the memory of its weights and one forward
 pass, a quarter of a step. Log-probabilities kept from a first pass over the file would save that from the second epoch on; but they would
@@ -72,11 +74,12 @@ class Preferring(Lesson):
 def preference_loss(logprobs: Tensor, rows: ReferencedPairs, denominator: float, config: DpoConfig) -> tuple[Tensor, Metrics]:
     """The loss of all pairs over `denominator`, and means over the pairs; a response's reward is beta log(policy / reference).
 
-    With label smoothing e, pairs count as turned round with probability e. `pair_accuracy` asks which response gained more against the
-    reference, `likelier_is_chosen` which one is likelier. Shapes: `logprobs` f32[2 B] of whole responses, those of the
-    chosen of all pairs and then of the rejected. Pairs of length 0 are padding and count nothing.
+    With label smoothing e, pairs count as turned round with probability e. `nll` is the chosen response's, a token. `pair_accuracy` asks
+    which response gained more against the reference, `likelier_is_chosen` which one is likelier. Shapes: `logprobs` f32[2 B] of whole
+    responses, those of the chosen of all pairs and then of the rejected. Pairs of length 0 are padding and count nothing.
     """
     is_pair = rows.lengths[:, 0] > 0
+    likely, unlikely = rows.by_row(logprobs).unbind(1)
     gains = rows.by_row(logprobs) - rows.ref_logprobs
     margin = gains[:, 0] - gains[:, 1]
     x = config.beta * margin
@@ -84,9 +87,10 @@ def preference_loss(logprobs: Tensor, rows: ReferencedPairs, denominator: float,
         per_pair = (margin - 1 / (2 * config.beta)) ** 2
     else:
         per_pair = -(1 - config.label_smoothing) * F.logsigmoid(x) - config.label_smoothing * F.logsigmoid(-x)
+    nll = -likely / rows.response_mask[:, 0].sum(1).clamp(min=1)
+    per_pair = per_pair + config.nll_coef * nll
     chosen, rejected = (config.beta * gains).unbind(1)
     seen = {"loss": per_pair, "pair_accuracy": margin > 0, "margin": x, "reward_chosen": chosen, "reward_rejected": rejected}
-    likely, unlikely = rows.by_row(logprobs).unbind(1)
-    seen |= {"likelier_is_chosen": likely > unlikely, "logprob_chosen": likely}
+    seen |= {"likelier_is_chosen": likely > unlikely, "logprob_chosen": likely, "nll": nll}
     metrics = {name: Metric(values.detach()[is_pair].double().sum(), is_pair.sum().double()) for name, values in seen.items()}
     return torch.where(is_pair, per_pair, 0.0).sum() / denominator, Metrics(metrics)

@@ -284,6 +284,41 @@ CASES = [
         flags=("--check", "--world", "8"),
     ),
     Case(
+        "a pair cut in two",
+        (
+            HERE
+            + "parallel.microbatch_size: found 1; expected 2 (the sequences of a pair) times a divisor of the 8 pairs that a data-parallel"
+            " replica has of train.batch_size (16 / 2 replicas): 2, 4, 8, 16",
+        ),
+        ("parallel.microbatch_size=1",),
+        kind="dpo",
+        flags=("--check", "--world", "2"),
+    ),
+    Case(
+        "pairs that do not divide",
+        (
+            HERE
+            + "parallel.microbatch_size: found 12; expected 2 (the sequences of a pair) times a divisor of the 16 pairs that a data-parallel"
+            " replica has of train.batch_size (16 / 1 replicas): 2, 4, 8, 16, 32",
+        ),
+        ("parallel.microbatch_size=12",),
+        kind="reward",
+    ),
+    Case(
+        "a microbatch smaller than a list",
+        (
+            "ROOT/run.yaml:4: parallel.microbatch_size: found 4; expected 8 (the sequences of a list) times a divisor of the 16 lists that a"
+            " data-parallel replica has of train.batch_size (16 / 1 replicas): 8, 16, 32, 64, 128",
+        ),
+        kind="rrhf",
+    ),
+    Case(
+        "pairs over replicas",
+        ("ROOT/run.yaml:13: train.batch_size: found 16; expected a multiple of the 3 data-parallel replicas: the nearest are 15 or 18",),
+        kind="dpo",
+        flags=("--check", "--world", "3"),
+    ),
+    Case(
         "longer than the positions",
         (
             HERE + "data.max_prompt_tokens 16 + rollout.max_response_tokens 49 = 65 tokens; expected at most the 64 positions of actor",
@@ -430,7 +465,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_wrong_configuration_is_refused(tmp_path, monkeypatch, capsys, case):
-    text = {"ppo": PPO, "sft": SFT, "reward": SFT}[case.kind]
+    text = PPO if case.kind == "ppo" else SFT
     assert case.change[0] in text or case.change[0] == "FILE"
     path = write_run(tmp_path, text.replace(*case.change))
     write_shape(tmp_path / "wide", vocab_size=128)

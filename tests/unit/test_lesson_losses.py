@@ -39,24 +39,30 @@ def by_sequence(rows: list[list[float]], num_dummies: int = 0) -> torch.Tensor:
     return torch.tensor(full).t().flatten()
 
 
-@pytest.mark.parametrize("loss, smoothing", [("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0)])
-def test_dpo_and_ipo(loss, smoothing):
+@pytest.mark.parametrize(
+    "loss, smoothing, nll_coef", [("dpo", 0.0, 0.0), ("dpo", 0.2, 0.0), ("dpo", 0.1, 0.7), ("ipo", 0.0, 0.0), ("ipo", 0.0, 2.0)]
+)
+def test_dpo_and_ipo(loss, smoothing, nll_coef):
     said, beta = [[-0.5, -2.5], [-4.0, -1.0], [-0.5, -0.5]], 0.3
-    total = 0.0
+    total, nll = 0.0, 0.0
     rows = referenced_pairs(num_dummies=2)
     for i, (chosen, rejected) in enumerate(said):
+        nll -= chosen / (len(PAIRS[i].chosen_ids) - PAIRS[i].num_prompt_tokens)
         ref_chosen, ref_rejected = rows.ref_logprobs[i].tolist()
         x = (chosen - ref_chosen) - (rejected - ref_rejected)
         if loss == "ipo":
             total += (x - 1 / (2 * beta)) ** 2
         else:
             total += -(1 - smoothing) * log_sigmoid(beta * x) - smoothing * log_sigmoid(-beta * x)
-    config = DpoConfig(loss=loss, beta=beta, label_smoothing=smoothing)
+    total += nll_coef * nll
+    config = DpoConfig(loss=loss, beta=beta, label_smoothing=smoothing, nll_coef=nll_coef)
     found, metrics = preference_loss(by_sequence(said, num_dummies=2), rows, 3.0, config)
     assert float(found) == pytest.approx(total / 3)
     values = {name: metric.value for name, metric in metrics.items()}
     assert values["loss"] == pytest.approx(total / 3) and values["pair_accuracy"] == pytest.approx(1 / 3)
-    assert values["reward_chosen"] - values["reward_rejected"] == pytest.approx(values["margin"])
+    assert values["reward_chosen"] - values["reward_rejected"] == pytest.approx(values["margin"]) and values["nll"] == pytest.approx(
+        nll / 3
+    )
 
 
 def test_a_policy_that_is_its_reference_has_log_2_and_learns_the_difference_alone():

@@ -23,9 +23,9 @@ def only_fault(run, world_size: int = 8, key: str = "model") -> str:
     return str(fault)
 
 
-@pytest.mark.parametrize("kind", [SftRun, RewardRun])
-def test_a_sequence_longer_than_the_context_is_refused(kind):
-    run = kind(**LESSON, parallel={"microbatch_size": 1}, data={"path": "x", "max_tokens": 65})
+@pytest.mark.parametrize("kind, row", [(SftRun, 1), (RewardRun, 2)])
+def test_a_sequence_longer_than_the_context_is_refused(kind, row):
+    run = kind(**LESSON, parallel={"microbatch_size": row}, data={"path": "x", "max_tokens": 65})
     assert "data.max_tokens: found 65; expected at most the 64 positions of model" in only_fault(run)
 
 
