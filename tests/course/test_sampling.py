@@ -1,8 +1,10 @@
 """What is sampled and which rollouts are learned from, on real ranks with real vLLM."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,14 @@ PROMPTS, SAMPLES = 8, 2
 ROLLOUT = {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_response_tokens": 6, "kv_cache_bytes": 8 << 20}
 
 
-def sampling_run(root: Path, output: str, advantage: str = "grpo", steps: int = 3, data_ranks: int = 2, **rollout) -> PpoRun:
+def sampling_run(
+    root: Path, output: str, advantage: str = "grpo", steps: int = 3, data_ranks: int = 2, parallel: dict | None = None, **rollout
+) -> PpoRun:
     return ppo_run(
         root,
         output,
         critic=None,
-        parallel={"microbatch_size": PROMPTS * SAMPLES // data_ranks},
+        parallel={"microbatch_size": PROMPTS * SAMPLES // data_ranks} | (parallel or {}),
         rollout={**ROLLOUT, **rollout},
         ppo={"total_steps": steps, "minibatch_size": PROMPTS * SAMPLES, "advantage": advantage, "kl": {"coef": 0.0}},
         eval=None,
@@ -32,10 +36,8 @@ def sampling_run(root: Path, output: str, advantage: str = "grpo", steps: int = 
 class Recording:
     """A judge that writes down what is learned from."""
 
-    def __init__(self, rewards, tokenizer, layout, steps):
-        from megarl.ppo.judge import Judge
-
-        self._judge, self._steps = Judge(rewards, tokenizer, layout), steps
+    def __init__(self, judge, steps):
+        self._judge, self._steps = judge, steps
 
     def __getattr__(self, name):
         return getattr(self._judge, name)
@@ -45,11 +47,13 @@ class Recording:
         return self._judge.pack(trajectories, places, policy_version)
 
 
-def run_recorded(rank: int, world_size: int, runs: list[PpoRun]) -> list[dict]:
-    """For each run its last state and, for every step, what was learned from, in the order of the whole rollout's places."""
+def run_recorded(rank: int, world_size: int, runs: list[PpoRun], **judging) -> list[dict]:
+    """For each run its last state and, for every step, what was learned from, in the order of the whole rollout's places.
+
+    `judging` is what the judge shall have instead of what the run says.
+    """
     from megarl.parallel import groups
     from megarl.ppo.assembly import build_parts
-    from megarl.ppo.judge import Judge
     from megarl.ppo.loop import train
     from megarl.rewards.scorer import Term, WeightedSum
 
@@ -57,10 +61,9 @@ def run_recorded(rank: int, world_size: int, runs: list[PpoRun]) -> list[dict]:
     for run in runs:
         layout = groups.initialize(run.parallel, run.seed)
         parts = build_parts(run, layout)
-        judge = Judge(WeightedSum((Term("exact", 1.0, Wanted()),)), parts.judge.tokenizer, layout)
+        judge = replace(parts.judge, rewards=WeightedSum((Term("exact", 1.0, Wanted()),)), ahead=None, **judging)
         steps = []
-
-        state = train(run, layout, replace(parts, judge=Recording(judge.rewards, judge.tokenizer, layout, steps)))
+        state = train(run, layout, replace(parts, judge=Recording(judge, steps)))
         told.append({"state": state.to_json(), "steps": steps})
     return told
 
@@ -88,7 +91,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_remax_compares_with_the_greedy_response_and_does_not_learn_from_it(data):
-    told = run_ranks(run_recorded, 2, [sampling_run(data, "remax", "remax", steps=2)])
+    told = run_ranks(run_recorded, 2, [sampling_run(data, "remax", "remax", steps=2, min_response_tokens=2)])
     first = learned(told, 0, 0)
     assert all(len(group) == SAMPLES and len({json.dumps(sample[-1]) for sample in group}) == 1 for group in first)
     assert any(sample[5][1] for group in first for sample in group)
@@ -97,6 +100,8 @@ def test_remax_compares_with_the_greedy_response_and_does_not_learn_from_it(data
     assert lines[0]["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
     assert lines[0]["reward/greedy"] == pytest.approx(sum(group[0][5][1] for group in first) / PROMPTS)
     assert lines[0]["advantage/mean"] != 0
+    assert all(len(tokens) > 2 for group in first for sample in group for tokens in (sample[1], sample[5][0]))
+    assert max(line["rollout/logprob_gap_max"] for line in lines) < 1e-3
 
 
 @pytest.mark.slow
@@ -155,3 +160,41 @@ def test_a_stop_string_ends_what_is_learned(data):
     for tokens in stopped:
         assert set(tokenizer.decode(tokens)) & set("123") and not set(tokenizer.decode(tokens[:-1])) & set("123")
     assert all(len(sample[1]) == 8 for sample in responses if sample[2] == "length")
+
+
+BARRED = {"min_response_tokens": 3, "stop_token_ids": [3, 4, 5, 6, 7], "temperature": 0.8}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_learner_leaves_out_the_ends_that_the_sampler_could_not_choose(data):
+    layouts = {
+        "plain": {},
+        "tensor": {"parallel": {"tensor": 2, "sequence": True, "microbatch_size": 8}, "tensor_parallel": 2},
+        "shared-head": {"parallel": {"pipeline": 2, "head": "sharded", "max_tokens_per_microbatch": 64}},
+        "chunks": {"partial": {"chunk_tokens": 2, "oversample": 1.5}},
+    }
+    in_loss = {"kl": {"coef": 0.1, "place": "loss", "estimator": "k3"}, "entropy_coef": 0.01}
+    runs = [sampling_run(data, name, steps=2, **BARRED, **layout) for name, layout in layouts.items()]
+    runs = [run.model_copy(update={"ppo": run.ppo.model_validate(run.ppo.model_dump() | in_loss)}) for run in runs]
+    told = run_ranks(run_recorded, 2, runs, timeout_s=500)
+    for number, name in enumerate(layouts):
+        steps = [step for rank in told for step in rank[number]["steps"]]
+        responses = [sample for step in steps for _, group in step for sample in group]
+        ended = [sample[1] for sample in responses if sample[2] == "stop"]
+        assert ended and all(len(tokens) > 3 and not set(tokens[:3]) & {1, 3, 4, 5, 6, 7} for tokens in ended), name
+        lines = read_metrics(data, name)
+        assert max(line["rollout/logprob_gap_max"] for line in lines) < 1e-3, name
+        # Equal weights speak alike at first, of what could be chosen alone.
+        assert abs(lines[0]["kl/token_mean"]) < 1e-5 and lines[0]["actor/entropy"] < math.log(16), name
+    plain, tensor, shared = (read_metrics(data, name)[0] for name in ("plain", "tensor", "shared-head"))
+    for name in ("actor/entropy", "actor/loss", "actor/grad_norm", "actor/kl"):
+        assert tensor[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-6), name
+        assert shared[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_learner_that_did_not_know_would_be_found_out(data):
+    run = sampling_run(data, "unknowing", steps=1, **BARRED)
+    with pytest.raises(AssertionError, match="sampler and trainer disagree"):
+        run_ranks(partial(run_recorded, min_tokens=0), 2, [run])

@@ -23,6 +23,7 @@ class Case:
     optimizer: dict = field(default_factory=dict)
     model: dict = field(default_factory=dict)
     precision: str = "fp32"
+    end_ids: tuple[int, ...] = ()  # tokens that the first two of every response could not be
 
 
 class DictSource:
@@ -134,9 +135,9 @@ def run_case(case: Case) -> dict:
     run = make_run(case)
     layout = groups.initialize(run.parallel, seed=0)
     spec = spec_from_hf_config(hf_config(**case.model))
-    actor = Actor(spec, run, layout, DictSource(weights(spec, "actor", 1)))
+    actor = Actor(spec, run, layout, DictSource(weights(spec, "actor", 1)), end_ids=case.end_ids)
     critic = Critic(spec, run, layout, DictSource(weights(spec, "critic", 2)))
-    reference = Reference(spec, run, layout, DictSource(weights(spec, "actor", 3)))
+    reference = Reference(spec, run, layout, DictSource(weights(spec, "actor", 3)), case.end_ids)
     reward_model = RewardModel(spec, run, layout, DictSource(weights(spec, "critic", 4)))
     share = NUM_ROWS // layout.data
     mine = make_experience().rows(slice(layout.dp_rank * share, (layout.dp_rank + 1) * share))

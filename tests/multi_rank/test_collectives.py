@@ -59,11 +59,12 @@ def check_vocabulary(rank, world):
     hidden, weight = torch.randn(9, 8, generator=generator), torch.randn(48, 8, generator=generator)
     targets, coefs = torch.randint(0, 20, (9,), generator=generator), torch.randn(2, 9, generator=generator)
     whole_hidden, whole_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    whole = vocabulary_stats(whole_hidden, whole_weight, targets, VocabularyShard(0, 20, 0.8, 4), True)
+    barred, ends = targets % 2 == 0, (1, 17)  # on two ranks
+    whole = vocabulary_stats(whole_hidden, whole_weight, targets, VocabularyShard(0, 20, 0.8, 4, barred_ids=ends), True, barred)
     (torch.stack(whole) * coefs).sum().backward()
     hidden.requires_grad_()
     part = weight[16 * rank : 16 * (rank + 1)].clone().requires_grad_()
-    found = vocabulary_stats(hidden, part, targets, VocabularyShard(16 * rank, 20, 0.8, 4, world), True)
+    found = vocabulary_stats(hidden, part, targets, VocabularyShard(16 * rank, 20, 0.8, 4, world, barred_ids=ends), True, barred)
     (torch.stack(found) * coefs).sum().backward()
     for a, b in zip(found, whole, strict=True):
         torch.testing.assert_close(a, b)

@@ -31,10 +31,13 @@ from tests.ranks import run_ranks
 
 SHARED = {"pipeline": 2, "head": "sharded"}
 SEQUENCE_MEAN = {"aggregation": "sequence_mean"}
+ENDS = {"end_ids": (1, 60, 99)}  # on both halves of the padded vocabulary
 LOGITS_BYTES = 4 * 128 * 3  # three tokens of the padded vocabulary
 
 ON_TWO = [
     Case(SHARED | {"microbatch_size": 3}),
+    Case(SHARED | {"microbatch_size": 3}, **ENDS),
+    Case({"tensor": 2, "sequence": True, "microbatch_size": 3}, **ENDS),
     Case(SHARED | {"microbatch_size": 1}, ppo=SEQUENCE_MEAN),
     Case(SHARED | {"recompute": "full", "logits_bytes": LOGITS_BYTES}, model=TIED.model),
     Case(SHARED, precision="bf16", model=TIED.model),
@@ -44,6 +47,7 @@ ON_TWO = [
 ON_FOUR = [
     Case(SHARED | {"tensor": 2, "sequence": True, "microbatch_size": 3}),
     Case(SHARED | {"tensor": 2, "microbatch_size": 2}, model=TIED.model),
+    Case(SHARED | {"tensor": 2, "max_tokens_per_microbatch": 32}, **ENDS),
     Case(SHARED | {"microbatch_size": 2, "distributed_optimizer": False}, ppo=SEQUENCE_MEAN),
     Case(SHARED | {"context": 2, "microbatch_size": 3}, ppo=SEQUENCE_MEAN),
     Case(SHARED | {"context": 2, "max_tokens_per_microbatch": 32}, model=TIED.model),
@@ -60,7 +64,7 @@ ON_EIGHT = [
 
 def alone(case: Case) -> Case:
     """The same work on one rank."""
-    return Case(ppo=case.ppo, model=case.model, precision=case.precision)
+    return Case(ppo=case.ppo, model=case.model, precision=case.precision, end_ids=case.end_ids)
 
 
 def lessons(case: Case) -> dict:
@@ -142,12 +146,19 @@ def assert_same_lessons(found: list[dict], expected: dict, case: Case) -> None:
             assert (whole[hf_name] - tensor).abs().max() < 2e-5, f"{name} {hf_name}"
 
 
+def test_ends_that_nobody_could_choose_make_the_others_likelier(one_rank):
+    barred, plain = (one_rank[repr(Case(**kind))][0]["logprobs"] for kind in (ENDS, {}))
+    mask, tokens = make_experience().must_go_on, make_experience().token_ids
+    could_be = mask & ~torch.isin(tokens, torch.tensor(ENDS["end_ids"]))
+    assert could_be.sum() > 10 and (barred > plain)[could_be].all() and torch.equal(barred[~mask], plain[~mask])
+
+
 def test_two_stages_agree_with_one_rank(one_rank):
     results = check(2, ON_TWO, one_rank)
     for case, ranks in zip(ON_TWO, results, strict=True):
         allowed = case.parallel.get("logits_bytes", 256 << 20)
         assert all(rank["largest_logits"] <= allowed for rank in ranks), case
-        is_shared = case.parallel["head"] == "sharded"
+        is_shared = case.parallel.get("head") != "last_stage"
         assert (ranks[0]["largest_logits"] > 0) == is_shared, "every stage computes logits exactly when the head is shared"
 
 

@@ -33,6 +33,13 @@ def test_pack_puts_every_field_where_its_token_is():
     assert batch.response_mask.dtype == batch.truncated.dtype == torch.bool
 
 
+def test_pack_marks_the_tokens_that_could_not_end_a_response():
+    rows = [trajectory([1, 2], [4, 5, 6]), trajectory([6], [7], prompt_id=1)]
+    assert not pack(rows, PAD, 5, [0, 1], [0, 1]).must_go_on.any()
+    found = pack(rows, PAD, 5, [0, 1], [0, 1], min_tokens=2).must_go_on
+    assert found.tolist() == [[False, False, True, True, False], [False, True, *[False] * 3]]
+
+
 def test_pack_refuses_what_is_no_completion():
     good = trajectory([1], [2, 3])
     cases = [

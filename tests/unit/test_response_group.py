@@ -74,6 +74,15 @@ def test_versions_that_changed_within_a_chunk_are_kept():
     assert (joined.policy_version, joined.later_versions) == (4, ((1, 5), (3, 6)))
 
 
+def test_chunks_go_on_to_the_smallest_length_of_the_whole_response():
+    group, how = ResponseGroup(41, Prompt(5, (0, 0))), asking(min_response_tokens=3)
+    assert [r.num_unending for r in group.requests(how)] == [2, 2, 2]  # of a chunk
+    (long,) = [Completion(5, 0, (1, 2), (-1.0, -2.0), UNFINISHED, 4)]
+    assert [r.num_unending for r in replace(group, responses=(long,)).requests(how)] == [1]
+    longer = replace(long, token_ids=(1, 2, 3, 4), rollout_logprobs=(-1.0,) * 4)
+    assert [r.num_unending for r in replace(group, responses=(longer,)).requests(how)] == [0]
+
+
 def test_a_group_survives_json():
     group = sampled(ResponseGroup(41, Prompt(5, (0, 0), "42", "what?")), ScriptedEngine(script), asking())
     assert ResponseGroup.from_json(json.loads(json.dumps(group.to_json()))) == group

@@ -37,6 +37,20 @@ def test_a_prompt_that_stands_twice_in_a_step_is_sampled_twice():
     assert len({request.seed for request in requests}) == 9
 
 
+def test_a_response_that_ended_too_early_is_refused_and_one_that_was_begun_before_is_not():
+    request = replace(REQUEST, sampling=replace(REQUEST.sampling, min_tokens=2))
+    with pytest.raises(RolloutError, match="ended after 2 tokens; expected more than 2"):
+        check_completions([request], [GOOD], vocab_size=8)
+    check_completions([replace(request, num_sampled=1)], [GOOD], vocab_size=8)
+    check_completions([request], [replace(GOOD, token_ids=(5, 6, 7), rollout_logprobs=(-1.0,) * 3)], vocab_size=8)
+
+
+def test_all_requests_of_a_run_carry_its_smallest_length():
+    rollout = ROLLOUT.model_copy(update={"min_response_tokens": 2})
+    asked = [*make_requests(PROMPTS, rollout, (7,), (1, 2), with_greedy=True), *make_greedy_requests(PROMPTS, rollout, (7,))]
+    assert {request.sampling.min_tokens for request in asked} == {2}
+
+
 def replace_samples(number: int) -> RolloutConfig:
     return ROLLOUT.model_copy(update={"samples_per_prompt": number})
 

@@ -23,6 +23,14 @@ CASES = {
         ["rollout.length_schedule={start: 16, steps: 5}"],
         "rollout.length_schedule.start: found 16; expected less than rollout.max_response_tokens 16, which it grows to",
     ),
+    "more tokens than a response may have": (
+        ["rollout.min_response_tokens=17"],
+        "rollout.min_response_tokens: found 17; expected at most rollout.max_response_tokens 16",
+    ),
+    "more tokens than a response may have at first": (
+        ["rollout.min_response_tokens=9", "rollout.length_schedule={start: 8, steps: 5}"],
+        "rollout.min_response_tokens: found 9; expected at most rollout.length_schedule.start 8",
+    ),
     "a stop token of another vocabulary": (
         ["rollout.stop_token_ids=[3, 120]"],
         "rollout.stop_token_ids: found 120; expected less than the actor's vocabulary of 120",

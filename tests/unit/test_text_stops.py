@@ -28,8 +28,8 @@ class Answers:
         return [self.completion] * len(requests)
 
 
-def cut(tokens, strings, before=(), **kind) -> Completion:
-    sampling = Sampling(max_tokens=20, stop_token_ids=(6,), stop_strings=strings)
+def cut(tokens, strings, before=(), min_tokens=0, **kind) -> Completion:
+    sampling = Sampling(max_tokens=20, stop_token_ids=(6,), stop_strings=strings, min_tokens=min_tokens)
     request = RolloutRequest(1, 0, (0, 1, *before), sampling, seed=0, num_sampled=len(before))
     return TextStops(Answers(tokens, **kind), Pieces()).generate([request])[0]
 
@@ -52,6 +52,14 @@ def test_without_the_string_nothing_changes():
 def test_a_string_that_began_in_an_earlier_chunk_ends_the_response():
     assert cut([5, 1], ("##",), before=[4, 5]).token_ids == (5,)
     assert cut([1, 1], ("0",), before=[4]).finish_reason == "length"
+
+
+def test_a_string_within_the_first_tokens_does_not_end_the_response():
+    assert cut([0, 1, 0, 1, 0], ("ab",), min_tokens=2).token_ids == (0, 1, 0, 1)
+    assert cut([0, 1, 0], ("ab",), min_tokens=1).token_ids == (0, 1)  # it ends behind them
+    assert cut([0, 1], ("ab",), min_tokens=2) == Answers([0, 1]).completion
+    assert cut([0, 0, 1], ("ab",), before=[0, 1], min_tokens=2).token_ids == (0, 0, 1)
+    assert cut([0, 0], ("ab",), before=[0, 1], min_tokens=2).finish_reason == "length"
 
 
 def test_the_prompt_is_no_part_of_the_response():

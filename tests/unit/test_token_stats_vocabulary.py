@@ -38,6 +38,29 @@ def test_stats_and_gradients_equal_log_softmax(rows_per_slice, keeps_slice, temp
     assert found_grads[1][VOCAB:].abs().max() == 0, "padded columns must not learn"
 
 
+@pytest.mark.parametrize("rows_per_slice, keeps_slice", [(3, False), (100, False), (100, True)])
+def test_barred_tokens_are_out_of_the_distribution_where_a_caller_says_so(rows_per_slice, keeps_slice):
+    hidden, weight, targets, coefs = inputs()
+    barred, ends = torch.arange(NUM_TOKENS) % 2 == 0, [4, 52]
+    targets[0], targets[1] = 5, 4  # where it is not barred an end may be chosen
+    shard = VocabularyShard(0, VOCAB, 0.7, rows_per_slice, keeps_slice=keeps_slice, barred_ids=tuple(ends))
+    found = vocabulary_stats(hidden, weight, targets, shard, True, barred)
+    open_ids = torch.tensor([token for token in range(VOCAB) if token not in ends])
+    narrow = expected_stats_over(open_ids, hidden, weight, torch.searchsorted(open_ids, targets).clamp(max=len(open_ids) - 1), 0.7)
+    whole = expected_stats(hidden, weight, targets, 0.7)
+    expected = [torch.where(barred, few, all_) for few, all_ in zip(narrow, whole, strict=True)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    found_grads = torch.autograd.grad((torch.stack(found) * coefs).sum(), (hidden, weight))
+    for a, b in zip(found_grads, torch.autograd.grad((torch.stack(expected) * coefs).sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def expected_stats_over(ids, hidden, weight, targets, temperature):
+    log_p = torch.log_softmax((hidden @ weight[ids].t()).float() / temperature, dim=1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
+
+
 def test_without_entropy_it_is_zero_and_gradients_stay_right():
     hidden, weight, targets, coefs = inputs()
     logprobs, entropy = vocabulary_stats(hidden, weight, targets, VocabularyShard(0, VOCAB, 1.0, 4), with_entropy=False)
