@@ -18,7 +18,6 @@ from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.memory import Phases
 from megarl.ppo.eval_sets import SHORT, metric_names
 from megarl.ppo.held_out import HeldOut, facts_of, summary
-from megarl.ppo.judge import FILLER
 from megarl.ppo.scoring import SharedScoring
 from megarl.records import Completion, Prompt
 from megarl.rewards.model import ModelScorer
@@ -110,15 +109,12 @@ class Evaluator:
     def _scores(
         self, held_out: HeldOut, term: Term, prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
     ) -> list[float]:
-        """One score a completion. A mixture's experts are shared by data ranks, so that all compute equally many rows."""
-        scorer, who = term.scorer, f"metric {held_out.prefix}{term.name}"
-        missing = held_out.num_rows - len(completions) if isinstance(scorer, ModelScorer) else 0
-        padded = [[*column, *[fill] * missing] for column, fill in zip((prompts, completions, texts), (*FILLER, ""), strict=True)]
+        """One score a completion. A reward model whose experts data ranks share computes along where this one has none."""
 
         def work() -> list[float]:
-            return checked(who, scorer.score(*padded), padded[1]) if padded[1] else []
+            return checked(f"metric {held_out.prefix}{term.name}", term.scorer.score(prompts, completions, texts), completions)
 
-        return self._shared(term.runs_once, work)[: len(completions)]
+        return self._shared(term.runs_once, work if completions or not term.runs_once else list)
 
 
 def _sample(held_out: HeldOut, prompt: Prompt, completion: Completion, text: str, scores: Sequence[float]) -> dict:

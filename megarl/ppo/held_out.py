@@ -17,16 +17,12 @@ PASSING_SCORE = 1.0
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One set as one data rank sees it. `requests` come prompt by prompt: the greedy one, then `config.samples` sampled ones.
-
-    `num_rows` is the largest number of requests that any data rank has.
-    """
+    """One set as one data rank sees it. `requests` come prompt by prompt: the greedy one, then `config.samples` sampled ones."""
 
     config: EvalSet
     prompts: Sequence[Prompt]
     requests: Sequence[RolloutRequest]
     terms: tuple[Term, ...]
-    num_rows: int
 
     @property
     def prefix(self) -> str:

@@ -24,12 +24,19 @@ from megarl.rewards.scorer import Scorer, Term
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """Scores of whole sequences by a reward model, for `rewards.model.ModelScorer`. Called by every rank of a replica."""
+    """Scores of whole sequences by a reward model, for `rewards.model.ModelScorer`. Called by every rank of a replica.
+
+    Where data ranks share the experts of a mixture, by every rank of the world: one without a sequence computes along.
+    """
 
     model: RewardModel
     pad_id: int
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        if not sequences:
+            if self.model.layout.expert > 1:
+                self([[self.pad_id]])
+            return []
         length = padded_length([len(row) for row in sequences], TOKENS_A_TENSOR_RANK * self.model.layout.tensor)
         token_ids, lengths = pad_rows(sequences, self.pad_id, length)
         return self.model.scores(TokenBatch(token_ids, lengths).to(device.device())).tolist()

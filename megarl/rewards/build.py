@@ -9,10 +9,11 @@ from megarl.rewards.code_tests import CodeTests
 from megarl.rewards.exact import ExactAnswer
 from megarl.rewards.function import FunctionHook, FunctionScorer, load_function
 from megarl.rewards.math_answer import MathAnswer
-from megarl.rewards.remote import REQUESTS_A_URL, RemoteScorer, read_token
+from megarl.rewards.remote import REQUESTS_A_URL, RemoteScorer
 from megarl.rewards.rules import Length, NumericAnswer, Pattern, Repetition
 from megarl.rewards.sandbox import Sandbox
 from megarl.rewards.scorer import Ahead, Scorer
+from megarl.rewards.token import read_token
 
 # Scored by one rank of a replica: they cost much, or the same response may get another score the next time.
 RUN_ONCE = ("function", "http", "math", "code")

@@ -5,22 +5,20 @@ Reply: {"rewards": [number, ...]}, one for each query, in order.
 """
 
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from itertools import count
-from pathlib import Path
 
 import httpx
 
-from megarl.errors import RewardError, SetupError
+from megarl.errors import RewardError
 from megarl.records import Completion, Prompt
 from megarl.rewards.scorer import checked, prompt_ids
+from megarl.rewards.token import TOKEN_VARIABLE
 
-TOKEN_VARIABLE = "MEGARL_REWARD_TOKEN"
 REQUESTS_A_URL = 4  # on their way at once
 ATTEMPTS_IN_TIME = 3  # a request that gets no reply is given up so that so many fit into the time limit
 LARGEST_REPLY_BYTES = 1 << 20
@@ -104,28 +102,6 @@ class RemoteScorer:
             f"reward http: no scores for {prompt_ids(completions)} within {self.timeout_s:g} s, {tries} attempts; the last:"
             f" {last or 'none'}; expected the server to answer, or a larger timeout_s"
         )
-
-
-def read_token(path: Path | None) -> str | None:
-    """The bearer token: the content of `path`, else the environment's MEGARL_REWARD_TOKEN, else None.
-
-    Raises `SetupError` for a file that cannot be read, that others may read, or that holds no one-line token; never with its content.
-    """
-    if path is None:
-        token, where = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
-        if token is None:
-            return None
-    else:
-        where = str(path)
-        try:
-            if path.stat().st_mode & 0o077:
-                raise SetupError(f"{path}: the token can be read by others; run chmod 600 {path}")
-            token = path.read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SetupError(f"{path}: no token can be read ({type(error).__name__})") from None
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise SetupError(f"{where}: expected one token of printable ASCII characters without spaces")
-    return token
 
 
 def _post(client: httpx.Client, url: str, body: dict, until: float) -> tuple[int, bytes]:

@@ -8,7 +8,8 @@ import pytest
 
 from megarl.errors import RewardError, SetupError
 from megarl.rewards import remote
-from megarl.rewards.remote import RemoteScorer, read_token
+from megarl.rewards.remote import RemoteScorer
+from megarl.rewards.token import read_token
 from tests.unit.reward_samples import scorer_rows
 from tests.unit.reward_server import answers_with, reply, reward_server, rewards
 
