@@ -69,7 +69,7 @@ def build_parts(run: PpoRun, layout: ParallelLayout) -> Parts:
     rewards = WeightedSum(builder.terms("rewards", run.rewards), together(lambda: build_hook(run)))
     early = EarlyScores(rewards.terms, tokenizer, prompts.find, _patience(run))
     ahead = ScoredAhead(layout, early, engine.group) if early.is_used else None
-    judge = Judge(rewards, tokenizer, layout, ahead, run.rollout.min_response_tokens)
+    judge = Judge(rewards, tokenizer, layout, ahead=ahead, min_tokens=run.rollout.min_response_tokens)
     harvester = Harvester(run, layout, prompts, stops, sampler, memory)
     return Parts(
         harvester=harvester,
