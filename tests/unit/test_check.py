@@ -19,6 +19,7 @@ from megarl.parallel.layout import ParallelLayout
 from megarl.planner.batch import batch_of
 from megarl.planner.models import owned_of
 from megarl.planner.shards import shards_of
+from tests.recipes import kind_of
 from tests.unit.text_files import sentencepiece_file
 from tests.unit.tiny_run import write_run, write_shape
 
@@ -136,8 +137,8 @@ def test_the_70b_run_is_what_its_comments_say(monkeypatch):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_*.yaml")), ids=lambda path: path.stem)
 def test_the_configurations_we_ship_fit_their_clusters(monkeypatch, path):
     monkeypatch.chdir(CONFIGS.parent)
-    kind = path.stem.partition("_")[0]
-    inspection = inspect(kind, path.relative_to(CONFIGS.parent), [])
+    recipe = path.relative_to(CONFIGS.parent)
+    inspection = inspect(kind_of(recipe), recipe, [])
     assert inspection.run.cluster.world_size == inspection.world_size
     assert inspection.specs, "the shapes are known before the weights are there"
     assert all("does not exist" in notice for notice in inspection.notices), inspection.notices
