@@ -6,7 +6,7 @@ token t). Sequences are right-padded; per-token values are 0 wherever `response_
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,12 +33,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt set. `prompt_id` is its position in the epoch-independent file order."""
+    """One line of a prompt set. `prompt_id` is its position in the epoch-independent file order.
+
+    `text` is what was asked, of a chat its last message; a chat of more than a user's message is kept whole in `messages`.
+    """
 
     prompt_id: int
     token_ids: tuple[int, ...]
     answer: str = ""
     text: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

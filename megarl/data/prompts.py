@@ -49,8 +49,10 @@ class PromptSet(ExampleSet[Prompt]):
         if self._bounds != (0.0, 1.0) and not self._bounds[0] <= number_field(row, "pass_rate") <= self._bounds[1]:
             return None
         answer = answer_field(row, "answer") if self._needs_answers or "answer" in row else ""
+        conversation: list[Message] = []
         if self._config.chat_template:
             messages = _messages(row)
+            conversation = messages if [message["role"] for message in messages] != ["user"] else []
             token_ids, text = self._tokenizer.render_chat(messages, add_generation_prompt=True), messages[-1]["content"]
         else:
             if isinstance(row.get("prompt"), list) or "prompt" not in row and "messages" in row:
@@ -59,7 +61,7 @@ class PromptSet(ExampleSet[Prompt]):
             token_ids = self._tokenizer.encode_prompt(in_template(text, source.template))
         if not token_ids:
             raise LineFault("the prompt has no tokens")
-        return Prompt(prompt_id=-1, token_ids=tuple(token_ids), answer=answer, text=text)
+        return Prompt(prompt_id=-1, token_ids=tuple(token_ids), answer=answer, text=text, messages=tuple(conversation))
 
     def lengths(self, example: Prompt) -> list[int]:
         return [len(example.token_ids)]

@@ -88,7 +88,7 @@ class ResponseGroup:
     @classmethod
     def from_json(cls, value: list) -> "ResponseGroup":
         position, prompt, responses = value
-        prompt = Prompt(**prompt | {"token_ids": tuple(prompt["token_ids"])})
+        prompt = Prompt(**prompt | {name: tuple(prompt[name]) for name in ("token_ids", "messages")})
         return cls(position, prompt, tuple(Completion.from_list(response) for response in responses))
 
 

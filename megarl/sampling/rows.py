@@ -13,9 +13,10 @@ def row_of(
 ) -> dict[str, Any]:
     """The line of one prompt: its responses in the order they were asked for, or the best of them alone (the first of equals).
 
-    Lists have an entry a response: text up to end-of-text, tokens with it, "stop" or "length", score, and each part of the score.
+    `prompt` is text, or a chat of more than a user's message. Lists have an entry a response: text up to end-of-text, tokens with it,
+    "stop" or "length", score, and each part of the score.
     """
-    row: dict[str, Any] = {"prompt_id": prompt.prompt_id, "prompt": prompt.text}
+    row: dict[str, Any] = {"prompt_id": prompt.prompt_id, "prompt": list(prompt.messages) or prompt.text}
     if prompt.answer:
         row["answer"] = prompt.answer
     columns: dict[str, list[Any]] = {

@@ -4,11 +4,16 @@ import json
 
 import pytest
 
-from megarl.config import SampleConfig
+from megarl.config import LessonData, PromptData, SampleConfig
+from megarl.data.demonstrations import DemonstrationSet
+from megarl.data.prompts import PromptSet
+from megarl.data.rankings import RankingSet
+from megarl.data.tokenizers import load_tokenizer
 from megarl.errors import ConfigError
 from megarl.records import Completion, Prompt, Trajectory
 from megarl.sampling.part_files import SampleFiles
 from megarl.sampling.rows import row_of
+from tests.unit.text_files import character_tokenizer_directory, write_lines
 
 
 class Letters:
@@ -46,6 +51,34 @@ def test_the_best_alone_is_the_first_of_the_highest_scores():
     row = row_of(own[0].prompt, own, SampleConfig(keep="best", pass_score=0.4), True, Letters())
     assert (row["response"], row["score"], row["score/length"], row["num_tokens"], row["finish_reason"]) == ("bb", 1.0, -1.0, 3, "stop")
     assert row["pass_rate"] == 1.0 and not {"responses", "scores"} & row.keys()
+
+
+def test_a_chat_is_written_whole_and_read_as_it_was(tmp_path):
+    tokenizer = load_tokenizer(character_tokenizer_directory(tmp_path))
+    chat = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"))]
+    rows = [{"messages": chat}, {"prompt": chat[:2]}, {"prompt": chat[:1]}, {"prompt": "a"}, {"messages": chat[1:2]}]
+    asked = PromptSet(PromptData(path=write_lines(tmp_path / "asked.jsonl", rows), chat_template=True), tokenizer).prompts
+    answers = [
+        [Trajectory(prompt, Completion(0, i, (*tokenizer.encode(text), 1), (), "stop", 0), i) for i, text in enumerate("xy")]
+        for prompt in asked
+    ]
+    files = {}
+    for keep in ("all", "best"):
+        lines = [row_of(p, own, SampleConfig(keep=keep), True, tokenizer) for p, own in zip(asked, answers, strict=True)]
+        assert [line["prompt"] for line in lines] == [chat, chat[:2], chat[:1], "a", "a"]
+        files[keep] = write_lines(tmp_path / f"{keep}.jsonl", lines)
+    again = PromptSet(PromptData(path=files["all"], chat_template=True), tokenizer).prompts
+    lists = RankingSet(LessonData(path=files["all"], chat_template=True), tokenizer).rankings
+    learned = DemonstrationSet(LessonData(path=files["best"], chat_template=True), tokenizer).examples
+    assert [p.token_ids for p in again] == [p.token_ids for p in asked]
+    for prompt, ranking, demonstration in zip(asked, lists, learned, strict=True):
+        start = len(prompt.token_ids)
+        assert ranking.num_prompt_tokens == start and {r[:start] for r in ranking.responses} == {prompt.token_ids}
+        assert (
+            demonstration.token_ids[:start] == prompt.token_ids
+            and demonstration.loss_mask[start]
+            and not any(demonstration.loss_mask[:start])
+        )
 
 
 def test_an_interrupted_run_goes_on_and_merges_in_order(tmp_path):
