@@ -35,7 +35,9 @@ EVAL_MICROBATCHES = 8  # held-out examples are padded together in blocks of so m
 
 
 class Examples(Protocol):
-    """A dataset: `DemonstrationSet` and its kin. `notices` say what of its files was left out."""
+    """A dataset: `DemonstrationSet` and its kin. `examples` are all of them in the files' order, `notices` say what was left out."""
+
+    examples: Sequence[Any]
 
     def notices(self) -> list[str]: ...
     def for_step(self, step: int, batch_size: int, seed: int, layout: ParallelLayout, cost: Cost | None = None) -> Sequence[Any]: ...
@@ -121,13 +123,16 @@ def evaluate(parts: LessonParts, run: LessonRun, layout: ParallelLayout) -> Metr
     metrics = Metrics()
     if parts.held_out is None:
         return metrics
-    lesson, shard = parts.lesson, parts.held_out.shard(layout)
+    lesson, shard, everybody = parts.lesson, parts.held_out.shard(layout), parts.held_out.examples
     size = run.parallel.microbatch_size * EVAL_MICROBATCHES
-    for start in range(0, len(shard), size):
-        batch = lesson.collate(shard[start : start + size]).to(device.device())
+    for start in range(0, -(-len(everybody) // layout.data), size):
+        # Data ranks may share experts: one that has nothing left reads another's example along, and says nothing of it.
+        own = shard[start : start + size]
+        batch = lesson.collate(own or everybody[:1]).to(device.device())
         stats = parts.student.learner.forward(batch, lesson.head)
-        with torch.no_grad():
-            metrics = metrics + lesson.loss_function(1.0)(stats, batch)[1]
+        if own:
+            with torch.no_grad():
+                metrics = metrics + lesson.loss_function(1.0)(stats, batch)[1]
     return metrics.under("eval")
 
 
