@@ -5,16 +5,17 @@ also read on a laptop. Something that is there and *wrong* is a fault everywhere
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 
 from megarl.config import DpoRun, LessonRun, ModelConfig, PpoRun, Run, SampleRun
-from megarl.config_file import Fault
+from megarl.config_file import RUNS, Fault
 from megarl.data.check import missing_files
-from megarl.errors import MegarlError
+from megarl.errors import DamageError, MegarlError
 from megarl.models.family import ModelSpec, read_spec
+from megarl.planner.models import needs_reference
 from megarl.rewards.check import missing_for_rewards, parts_of
 
 _NOT_SHAPE = ("hf_config", "max_positions", "tied")  # differ between a model and its fine-tuned copies without harm
@@ -70,6 +71,7 @@ def survey(run: Run) -> Survey:
     if run.output_dir.exists() and not run.output_dir.is_dir():
         found.wrong.append(Fault(("output_dir",), f"output_dir: {run.output_dir} is a file; expected a directory or nothing there yet"))
     found.wrong.extend(_vocabulary(run, found.specs))
+    found.wrong.extend(_kept_by_another(run, found.specs))
     return found
 
 
@@ -122,6 +124,36 @@ def _spec_directory(path: Path, role: str) -> Path:
 
     checkpoint = find_checkpoint(path)
     return path if checkpoint is None else find_model(checkpoint, role)
+
+
+def _kept_by_another(run: Run, specs: Mapping[str, ModelSpec]) -> Iterator[Fault]:
+    """The newest checkpoint in `output_dir`, if the run could not continue from it: what it would say itself, with its models loaded."""
+    if isinstance(run, SampleRun) or not (run.output_dir / "checkpoints").is_dir():
+        return
+    # Reading checkpoints imports torch: only when there may be one.
+    from megarl.checkpoint.manifest import read_manifest, step_directories
+    from megarl.checkpoint.restore import check_same_run
+
+    course = next(kind for kind, run_type in RUNS.items() if type(run) is run_type)
+    for directory in reversed(step_directories(run.output_dir / "checkpoints")):
+        try:
+            check_same_run(directory, read_manifest(directory), course, run.precision, _kept_models(run, specs))
+        except DamageError:
+            continue  # the run tells, and falls back to the one before
+        except MegarlError as error:
+            yield Fault(("output_dir",), f"output_dir: {error}")
+        return
+
+
+def _kept_models(run: Run, specs: Mapping[str, ModelSpec]) -> dict[str, ModelSpec | None]:
+    """The models that a run saves, by their name in checkpoints, with their shapes as far as they are known."""
+    if isinstance(run, LessonRun):
+        return {"actor" if run.role == "actor" else "reward": specs.get("model")}
+    assert isinstance(run, PpoRun)
+    kept = {"actor": specs.get("actor")} | ({"critic": specs.get("critic")} if run.critic is not None else {})
+    if run.ppo.reference_refresh is not None and needs_reference(run):
+        kept["reference"] = specs.get("actor" if run.reference is None else "reference")
+    return kept
 
 
 def _differences(actual: ModelSpec, declared: ModelSpec) -> str:

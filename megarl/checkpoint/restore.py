@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megarl.checkpoint import manifest as manifests
 from megarl.checkpoint.files import MAX_FILES, Checkpointable
-from megarl.checkpoint.manifest import Manifest, StoredLayout
+from megarl.checkpoint.manifest import Manifest
 from megarl.checkpoint.side_by_side import side_by_side
 from megarl.checkpoint.sources import CheckpointFiles, CheckpointSource
 from megarl.errors import CheckpointError
@@ -24,22 +24,23 @@ def verify_share(directory: Path, manifest: Manifest, rank: int, world_size: int
     side_by_side(lambda item: manifests.verify(directory, *item), mine, MAX_FILES)
 
 
-def check_same_run(
-    directory: Path, manifest: Manifest, course: str, layout: StoredLayout, checkpointables: Mapping[str, Checkpointable]
-) -> None:
-    """Raise `CheckpointError` when the checkpoint is of another stage, precision or model than this run. The layout may be another."""
-    if manifest.course != course or set(manifest.models) != set(checkpointables):
+def check_same_run(directory: Path, manifest: Manifest, course: str, precision: str, specs: Mapping[str, ModelSpec | None]) -> None:
+    """Raise `CheckpointError` when the checkpoint is of another stage, precision or model than this run. The layout may be another.
+
+    `specs` are the run's models by their name in checkpoints; one whose shape is not known (None) is not compared.
+    """
+    if manifest.course != course or set(manifest.models) != set(specs):
         raise CheckpointError(
             f"{directory} is a {manifest.course} checkpoint of {sorted(manifest.models)}; this is a {course} run of"
-            f" {sorted(checkpointables)}: choose another output_dir"
+            f" {sorted(specs)}: choose another output_dir"
         )
-    if manifest.layout.precision != layout.precision:
+    if manifest.layout.precision != precision:
         raise CheckpointError(
-            f"{directory} was written in precision {manifest.layout.precision}; this run has {layout.precision}: set precision back, or"
+            f"{directory} was written in precision {manifest.layout.precision}; this run has {precision}: set precision back, or"
             " start a new output_dir from its weights (model path)"
         )
-    for model, kept in checkpointables.items():
-        if differences := spec_differences(read_spec(directory / model), kept.spec):
+    for model, spec in specs.items():
+        if spec is not None and (differences := spec_differences(read_spec(directory / model), spec)):
             raise CheckpointError(f"{directory} holds another {model}: {differences}; choose another output_dir or that model's path")
         if not manifest.models[model].counts:
             raise CheckpointError(f"{directory} holds weights only; a run continues from what it wrote itself: name it as a model path")

@@ -305,7 +305,7 @@ class Checkpoints:
 
     def _read(self, directory: Path, manifest: Manifest, checkpointables: Mapping[str, Checkpointable]) -> None:
         layout = self._stored_layout()
-        check_same_run(directory, manifest, self.course, layout, checkpointables)
+        check_same_run(directory, manifest, self.course, layout.precision, {model: kept.spec for model, kept in checkpointables.items()})
         for notice in load(directory, manifest, checkpointables):
             self._say(notice)
         if self.carried is not None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megarl.config import LessonRun, PpoRun, Run, SampleRun
+from megarl.config import LessonRun, ParallelConfig, PpoRun, Run, SampleRun
 from megarl.cross_check import layout_of, longest_row, longest_sequence
 from megarl.data.pack_size import tile_of, token_budget
 from megarl.parallel.layout import ParallelLayout
@@ -62,12 +62,10 @@ def largest_microbatch(run: Run, layout: ParallelLayout) -> Microbatch:
     if parallel.max_tokens_per_microbatch:
         budget = -(-token_budget(parallel) // tile_of(parallel)) * tile_of(parallel)
         return Microbatch(budget, 1, budget)
-    split = parallel.tensor if parallel.sequence else 1
     is_rollout = isinstance(run, PpoRun | SampleRun)
     multiple = TOKENS_A_TENSOR_RANK * (parallel.tensor if is_rollout else 1)
     tokens = -(-longest // multiple) * multiple
-    multiple = split if parallel.context == 1 else parallel.context * math.lcm(2, split)
-    positions = -(-tokens // multiple) * multiple
+    positions = _positions(run.parallel, tokens)
     batch = batch_of(run, layout.world_size)
     rows = max(1, batch.size // layout.data)
     count = max(1, math.ceil(rows / batch.microbatch_size))
@@ -76,3 +74,26 @@ def largest_microbatch(run: Run, layout: ParallelLayout) -> Microbatch:
     width = max(1, math.ceil(rows / count)) * (run.sequences_per_row if isinstance(run, LessonRun) else 1)
     spoken = run.rollout.max_response_tokens if is_rollout else tokens
     return Microbatch(positions, width, width * min(spoken, tokens))
+
+
+def text_microbatches(run: Run, layout: ParallelLayout) -> tuple[Microbatch, int] | None:
+    """The largest microbatch of the text that a policy imitates in every update (`ppo.ptx`), and how many there are at most; else None."""
+    ptx = run.ppo.ptx if isinstance(run, PpoRun) else None
+    if ptx is None:
+        return None
+    parallel, rows = run.parallel, max(1, ptx.batch_size // layout.data)
+    if parallel.max_tokens_per_microbatch:
+        at_once = max(1, token_budget(parallel) // ptx.data.max_tokens)
+        return largest_microbatch(run, layout), math.ceil(rows / at_once)
+    count = math.ceil(rows / parallel.microbatch_size)
+    if parallel.virtual_pipeline > 1:
+        count = math.ceil(count / parallel.pipeline) * parallel.pipeline
+    width, tokens = math.ceil(rows / count), -(-ptx.data.max_tokens // TOKENS_A_TENSOR_RANK) * TOKENS_A_TENSOR_RANK
+    return Microbatch(_positions(parallel, tokens), width, width * tokens), count
+
+
+def _positions(parallel: ParallelConfig, tokens: int) -> int:
+    """Positions of a model's input, which divide where activations are split along tokens."""
+    split = parallel.tensor if parallel.sequence else 1
+    multiple = split if parallel.context == 1 else parallel.context * math.lcm(2, split)
+    return -(-tokens // multiple) * multiple

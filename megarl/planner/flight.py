@@ -8,6 +8,7 @@ from megarl.config import ParallelConfig
 from megarl.models.head_choice import chosen_head
 from megarl.models.spec import Role, stage_layers
 from megarl.parallel.schedule import StageCosts, in_flight_bounds, plan_schedule, simulate
+from megarl.planner.shards import Shard
 
 EXACT_ROUNDS = 4  # microbatches a stage that are simulated; more only repeat the middle
 
@@ -37,6 +38,16 @@ def layers_in_flight(parallel: ParallelConfig, role: Role, num_layers: int, micr
         held = filled * chunks if filled == stages else min(filled * chunks, warm_up + 1)
         found.append((float(held * own), own))
     return tuple(found)
+
+
+def layers_without_graph(parallel: ParallelConfig, shard: Shard, stage: int) -> int:
+    """Frozen layers of a stage that keep nothing for a backward and have none: those below the first layer that learns on the first stage.
+
+    Later stages give their input a gradient, and so does the first one's embedding where layers are computed again (`models.freezing`).
+    """
+    if stage > 0 or parallel.recompute == "full":
+        return 0
+    return min(shard.still, stage_layers(shard.num_layers, parallel.virtual_pipeline)[0])
 
 
 @lru_cache(maxsize=512)

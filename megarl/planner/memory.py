@@ -13,9 +13,9 @@ from megarl.models.spec import ModelSpec
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.phases import FROZEN, REFERENCE, RESIDENT, Offload, Phase, offload_of
 from megarl.planner.activations import Kernels, Microbatch, head_bytes, stage_activations
-from megarl.planner.batch import batch_of, largest_microbatch
+from megarl.planner.batch import batch_of, largest_microbatch, text_microbatches
 from megarl.planner.devices import Assumptions, Gpu
-from megarl.planner.flight import layers_in_flight
+from megarl.planner.flight import layers_in_flight, layers_without_graph
 from megarl.planner.models import PlannedModel, models_of
 from megarl.planner.shards import sampler_elements
 
@@ -73,12 +73,13 @@ def plan_memory(run: Run, specs: Mapping[str, ModelSpec], layout: ParallelLayout
     has_sampler = isinstance(run, PpoRun | SampleRun)
     offload = offload_of(run, gpu is not None) if has_sampler else "none"
     batch, microbatches = largest_microbatch(run, layout), batch_of(run, layout.world_size).microbatches
+    text = text_microbatches(run, layout)
     sampler = _Sampler(run, specs, layout, gpu, assumptions) if has_sampler and "actor" in specs else None
     phases = []
     for phase in _phases_of(run, models):
         for stage in range(layout.pipeline):
             parts = _resident(models, stage, phase, offload)
-            parts |= _passes(run, models, stage, phase, batch, microbatches, gpu)
+            parts |= _passes(run, models, stage, phase, batch, microbatches, text, gpu)
             if sampler is not None:
                 parts |= sampler.parts(phase)
             phases.append(PhaseMemory(phase, stage, {name: size for name, size in parts.items() if size}))
@@ -113,13 +114,22 @@ def _resident(models: list[PlannedModel], stage: int, phase: Phase, offload: Off
 
 
 def _passes(
-    run: Run, models: list[PlannedModel], stage: int, phase: Phase, batch: Microbatch, microbatches: int, gpu: Gpu | None
+    run: Run,
+    models: list[PlannedModel],
+    stage: int,
+    phase: Phase,
+    batch: Microbatch,
+    microbatches: int,
+    text: tuple[Microbatch, int] | None,
+    gpu: Gpu | None,
 ) -> dict[str, int]:
     """What the forward and backward passes of a phase take: those of the model that takes most, since they run in turn."""
     found = [{}]
     for model in models:
         if phase == "scoring" or (phase == "learning" and model.is_trained):
             found.append(_pass_of(run, model, stage, phase == "learning", batch, microbatches, gpu))
+        if phase == "learning" and model.key == "actor" and text is not None:
+            found.append(_pass_of(run, model, stage, True, *text, gpu))
     return max(found, key=lambda parts: sum(parts.values()))
 
 
@@ -128,6 +138,7 @@ def _pass_of(
 ) -> dict[str, int]:
     parallel, precision = run.parallel, run.precision
     flight, chunk = layers_in_flight(parallel, model.role, model.spec.num_layers, microbatches)[stage]
+    flight *= 1 - layers_without_graph(parallel, model.shards[stage], stage) / model.shards[stage].num_layers
     kernels = kernels_of(model.spec, precision, gpu)
     used = stage_activations(model.spec, parallel, kernels, precision, batch, flight, chunk)
     parts = {"activations": used.kept + used.backward if is_learning else used.passing}

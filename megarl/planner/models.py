@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megarl.config import DpoRun, LessonRun, PpoRun, Run, SampleRun
+from megarl.config import DpoRun, LessonRun, PpoRun, Run, SampleRun, TrainedModelConfig
 from megarl.models.spec import ModelSpec, Role
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.phases import FROZEN, REFERENCE
 from megarl.planner.shards import Shard, shards_of
+from megarl.rewards.check import parts_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Owned:
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """One model of a run. `owner` is the name under which `parallel.phases.RESIDENT` knows it."""
+    """One model of a run. `owner` is the name under which `parallel.phases.RESIDENT` knows it.
+
+    `is_scoring`: it looks at every step's rollout, and not at held-out answers alone.
+    """
 
     key: str
     owner: str
@@ -34,41 +38,44 @@ class PlannedModel:
     spec: ModelSpec
     shards: tuple[Shard, ...]  # of a rank of every stage
     owned: tuple[Owned, ...]
+    is_scoring: bool = True
 
     @property
     def is_trained(self) -> bool:
-        return self.owned[0].gradients > 0
+        return any(owned.gradients for owned in self.owned)
 
 
 def models_of(run: Run, specs: Mapping[str, ModelSpec], layout: ParallelLayout) -> list[PlannedModel]:
     """The models in the order in which they are loaded; one whose shape is not known is left out."""
     found = []
 
-    def add(key: str, owner: str, role: Role, is_trained: bool, shape: str | None = None, is_averaged: bool = False) -> None:
+    def add(
+        key: str, owner: str, role: Role, trained: TrainedModelConfig | None = None, shape: str = "", is_averaged: bool = False
+    ) -> None:
         spec = specs.get(shape or key)
         if spec is None:
             return
-        shards = shards_of(spec, role, run.parallel)
-        owned = tuple(owned_of(run, shard, layout, is_trained, is_averaged) for shard in shards)
-        found.append(PlannedModel(key, owner, role, spec, shards, owned))
+        shards = shards_of(spec, role, run.parallel, 0 if trained is None else trained.frozen_layers)
+        owned = tuple(owned_of(run, shard, layout, trained is not None, is_averaged) for shard in shards)
+        found.append(PlannedModel(key, owner, role, spec, shards, owned, is_scoring=not key.startswith("eval.")))
 
     if isinstance(run, PpoRun):
-        add("actor", "actor", "actor", True, is_averaged=run.ppo.ema is not None)
+        add("actor", "actor", "actor", run.actor, is_averaged=run.ppo.ema is not None)
         if needs_reference(run):
             owner = FROZEN if run.ppo.reference_refresh is None else REFERENCE
-            add("reference", owner, "actor", False, None if run.reference is not None else "actor")
+            add("reference", owner, "actor", shape="" if run.reference is not None else "actor")
         if run.critic is not None:
-            add("critic", "critic", "critic", True)
+            add("critic", "critic", "critic", run.critic)
     elif isinstance(run, SampleRun):
-        add("actor", "actor", "actor", False)
+        add("actor", "actor", "actor")
     if isinstance(run, PpoRun | SampleRun):
-        for index, part in enumerate(run.rewards):
-            if part.kind == "model":
-                add(f"rewards.{index}", FROZEN, "critic", False)
+        judges = {part.path: key for key, part in reversed(parts_of(run)) if part.kind == "model"}  # named twice, loaded once
+        for key in sorted(judges.values(), key=[key for key, _ in parts_of(run)].index):
+            add(key, FROZEN, "critic")
     elif isinstance(run, LessonRun):
-        add("model", "actor", run.role, True)
+        add("model", "actor", run.role, run.model)
         if isinstance(run, DpoRun):
-            add("reference", FROZEN, "actor", False, None if run.reference is not None else "model")
+            add("reference", FROZEN, "actor", shape="" if run.reference is not None else "model")
     return found
 
 
@@ -78,20 +85,20 @@ def needs_reference(run: PpoRun) -> bool:
 
 
 def owned_of(run: Run, shard: Shard, layout: ParallelLayout, is_trained: bool, is_averaged: bool = False) -> Owned:
-    """What a rank owns: weights; float32 gradients; Adam's float32 moments and, in bf16, float32 copies; a float32 moving average.
+    """What a rank owns: weights; of those that learn gradients, Adam's moments, in bf16 copies and perhaps a moving average, all float32.
 
-    With the distributed optimizer the last two are shared out over ranks with equal weights: data x context ranks for dense ones, every
-    `expert`-th rank of the stage for experts.
+    With the distributed optimizer all but weights and gradients are shared out over ranks with equal weights: data x context ranks for
+    dense ones, every `expert`-th rank of the stage for experts.
     """
     width = 2 if run.precision == "bf16" else 4
     if not is_trained:
         return Owned(shard.total * width)
+    own = float(shard.learned)
     if run.parallel.distributed_optimizer:
-        own = shard.dense / (layout.data * layout.context) + shard.experts / max(1, layout.stage_size // layout.expert)
-    else:
-        own = float(shard.total)
+        dense, experts = shard.dense - shard.still_dense, shard.experts - shard.still_experts
+        own = dense / (layout.data * layout.context) + experts / max(1, layout.stage_size // layout.expert)
     optimizer = int(own * (12 if width == 2 else 8))
-    return Owned(shard.total * width, shard.total * 4, optimizer, int(own * 4) if is_averaged else 0)
+    return Owned(shard.total * width, shard.learned * 4, optimizer, int(own * 4) if is_averaged else 0)
 
 
 def fullest(model: PlannedModel) -> Owned:

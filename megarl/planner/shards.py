@@ -30,16 +30,27 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements that a rank of one stage holds: `dense` ones, equal on all data-parallel replicas, and its `experts`."""
+    """Elements that a rank of one stage holds: `dense` ones, equal on all data-parallel replicas, and its `experts`.
+
+    `still` of its layers are frozen, and so is the embedding where any layer of the model is: their elements never learn.
+    """
 
     num_layers: int
     dense: int
     experts: int
-    largest: int  # of one weight
+    largest: int  # of one weight that learns
+    still: int = 0
+    still_dense: int = 0
+    still_experts: int = 0
 
     @property
     def total(self) -> int:
         return self.dense + self.experts
+
+    @property
+    def learned(self) -> int:
+        """Elements that have gradients."""
+        return self.total - self.still_dense - self.still_experts
 
 
 def layer_of(spec: ModelSpec, tensor: int) -> Layer:
@@ -63,21 +74,34 @@ def layer_of(spec: ModelSpec, tensor: int) -> Layer:
     return Layer(split, copied, experts, largest)
 
 
-def shards_of(spec: ModelSpec, role: Role, parallel: ParallelConfig) -> tuple[Shard, ...]:
-    """The shard of a rank of every pipeline stage."""
+def shards_of(spec: ModelSpec, role: Role, parallel: ParallelConfig, frozen_layers: int = 0) -> tuple[Shard, ...]:
+    """The shard of a rank of every pipeline stage; with `frozen_layers` the embedding and so many lowest layers do not learn."""
     layer, last = layer_of(spec, parallel.tensor), parallel.pipeline - 1
     vocabulary = padded_vocab(spec.vocab_size, parallel.tensor) // parallel.tensor * spec.hidden_size
     shards = []
     for stage in range(parallel.pipeline):
-        layers = len(layers_on(spec, parallel.pipeline, stage, parallel.virtual_pipeline))
+        own = layers_on(spec, parallel.pipeline, stage, parallel.virtual_pipeline)
+        layers, still = len(own), sum(number < frozen_layers for number in own)
         ends = [vocabulary] if stage == 0 else []
+        still_ends = list(ends) if frozen_layers else []
         if stage == last:
             is_shared = role == "actor" and spec.tied
             if not (is_shared and stage == 0):
                 ends.append(vocabulary if role == "actor" else spec.hidden_size)
             ends.append(spec.hidden_size)  # the last norm
-        experts = layers * layer.experts // parallel.expert
-        shards.append(Shard(layers, layers * layer.dense + sum(ends), experts, max([layer.largest, *ends])))
+        experts = layer.experts // parallel.expert
+        learning = [layer.largest] * (layers > still) + ends[len(still_ends) :]
+        shards.append(
+            Shard(
+                num_layers=layers,
+                dense=layers * layer.dense + sum(ends),
+                experts=layers * experts,
+                largest=max(learning, default=0),
+                still=still,
+                still_dense=still * layer.dense + sum(still_ends),
+                still_experts=still * experts,
+            )
+        )
     return tuple(shards)
 
 

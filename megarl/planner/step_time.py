@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megarl.config import LessonRun, PpoRun, Run, SampleRun
-from megarl.cross_check import longest_sequence, num_generators
+from megarl.cross_check import longest_row, longest_sequence, num_generators
 from megarl.data.pack_size import token_budget
 from megarl.models.head_choice import chosen_head
 from megarl.models.spec import ModelSpec
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.schedule import StageCosts
-from megarl.planner.batch import batch_of, largest_microbatch, scoring_microbatches
+from megarl.planner.batch import batch_of, largest_microbatch, scoring_microbatches, text_microbatches
 from megarl.planner.devices import Assumptions, Gpu
-from megarl.planner.flight import Pass, timed_pass
+from megarl.planner.flight import Pass, layers_without_graph, timed_pass
 from megarl.planner.memory import MemoryPlan, kv_bytes_per_token
+from megarl.planner.messages import Axis, Messages, layer_messages, ring_s, update_messages
 from megarl.planner.models import PlannedModel
 from megarl.planner.offloading import moved_bytes
 from megarl.planner.shards import layer_of, sampler_elements
@@ -96,7 +97,8 @@ def estimate(
         if "actor" in specs:
             seconds["generating"] = generation_s(run, specs["actor"], layout, memory, machines, lengths)
         count = scoring_microbatches(run, layout)
-        seconds["scoring"] = sum(_timed(run, model, layout, machines, lengths, count, False).seconds for model in memory.models)
+        judging = [model for model in memory.models if model.is_scoring]
+        seconds["scoring"] = sum(_timed(run, model, layout, machines, lengths, count, False).seconds for model in judging)
     else:
         assert isinstance(run, LessonRun)
         sequences, updates = run.train.batch_size * run.sequences_per_row, 1
@@ -109,6 +111,7 @@ def estimate(
     for model in (model for model in memory.models if model.is_trained):
         found = _timed(run, model, layout, machines, lengths, microbatches, True)
         learning += updates * (found.seconds + _update_s(run, model, layout, machines))
+        learning += updates * _text_s(run, model, layout, machines)
         busy, weight = busy + found.busy * found.seconds, weight + found.seconds
     if learning:
         seconds["learning"] = learning
@@ -127,18 +130,28 @@ def _is_apart(run: Run) -> bool:
 def _timed(
     run: Run, model: PlannedModel, layout: ParallelLayout, machines: Machines, lengths: Lengths, microbatches: int, is_learning: bool
 ) -> Pass:
-    """A pass of `microbatches` of the longest rows; packed, of as many as the average rows need."""
+    """A pass of `microbatches` of the longest rows; packed, of as many as the average rows need, all as long as the largest pack."""
     batch = largest_microbatch(run, layout)
     tokens, selected, positions = float(batch.tokens), float(batch.selected), batch.positions
     if run.parallel.max_tokens_per_microbatch:
-        rows_at_once = max(1.0, token_budget(run.parallel) // longest_sequence(run)[0])
-        rows = microbatches * rows_at_once
-        real = rows * lengths.total
-        microbatches = max(1, math.ceil(real / token_budget(run.parallel)))
-        tokens, positions = real / microbatches, int(lengths.total)
-        selected = tokens * lengths.response / lengths.total
+        budget = token_budget(run.parallel)
+        rows = microbatches * max(1, budget // longest_row(run))
+        row = lengths.total * (run.sequences_per_row if isinstance(run, LessonRun) else 1)
+        packs = rows * row / budget if 2 * row <= budget else rows  # long rows leave room that no other fills
+        microbatches = max(1, math.ceil(packs))
+        positions, selected = int(lengths.total), batch.selected * lengths.response / lengths.total * row * rows / budget / microbatches
     costs = stage_costs(run, model, layout, machines, tokens, positions, selected, is_learning)
     return timed_pass(costs, microbatches, run.parallel.virtual_pipeline)
+
+
+def _text_s(run: Run, model: PlannedModel, layout: ParallelLayout, machines: Machines) -> float:
+    """The pass of the text that the policy imitates, rows as long as they may be."""
+    text = text_microbatches(run, layout) if model.key == "actor" else None
+    if text is None:
+        return 0.0
+    batch, count = text
+    costs = stage_costs(run, model, layout, machines, batch.tokens, batch.positions, batch.selected, True)
+    return timed_pass(costs, count, run.parallel.virtual_pipeline).seconds
 
 
 def stage_costs(
@@ -155,13 +168,19 @@ def stage_costs(
     parallel, spec = run.parallel, model.spec
     rate = machines.gpu.flops * machines.assumptions.learning_efficiency * (1.0 if run.precision == "bf16" else 0.125)
     compute = _layer_flops(spec, parallel.tensor, positions) * tokens / parallel.context / rate
-    wire = _layer_wire_s(run, spec, layout, machines, tokens / parallel.context)
-    forward = tuple(shard.num_layers * (compute + wire) for shard in model.shards)
+    forward_wire, backward_wire = (_wire_s(one, layout, machines) for one in layer_messages(run, spec, tokens / parallel.context))
+    forward = tuple(shard.num_layers * (compute + forward_wire) for shard in model.shards)
     head = 2 * spec.vocab_size * spec.hidden_size / parallel.tensor * selected / parallel.context / rate if model.role == "actor" else 0.0
     stages = parallel.pipeline
     is_shared = chosen_head(parallel, model.role) == "sharded"
-    again = 1 if parallel.recompute == "full" else 0
-    backward = tuple((2 + again) * cost for cost in forward) if is_learning else (0.0,) * stages
+    backward = (0.0,) * stages
+    if is_learning:
+        again = compute + forward_wire if parallel.recompute == "full" else 0.0
+        backward = tuple(
+            (shard.num_layers - layers_without_graph(parallel, shard, stage)) * (compute + backward_wire + again)
+            + (shard.num_layers - shard.still) * compute  # of the weights that learn
+            for stage, shard in enumerate(model.shards)
+        )
     shares = (0.0,) * stages
     if is_shared:
         shares = (head * (3 if is_learning else 1) / stages,) * stages
@@ -181,31 +200,30 @@ def _layer_flops(spec: ModelSpec, tensor: int, positions: int) -> float:
     return 2 * (layer.split + experts) + 2 * positions * spec.num_heads * spec.head_dim / tensor
 
 
-def _layer_wire_s(run: Run, spec: ModelSpec, layout: ParallelLayout, machines: Machines, tokens: float) -> float:
-    """Seconds of a layer's collectives in a forward: two gathers and two scatters of all tokens' channels, and a mixture's exchanges."""
-    width, parallel = (2 if run.precision == "bf16" else 4), run.parallel
-    size, seconds = tokens * spec.hidden_size * width, 0.0
-    if parallel.tensor > 1:
-        gathers = 4 if spec.mixture is None else 2
-        span = parallel.tensor
-        seconds += gathers * (size * (span - 1) / span / machines.link(span) + machines.assumptions.collective_s)
-    if spec.mixture is not None and parallel.expert > 1:
-        moved = size / parallel.tensor * spec.mixture.experts_per_token * (parallel.expert - 1) / parallel.expert
-        seconds += 2 * (moved / machines.link(parallel.expert) + machines.assumptions.collective_s)
-    return seconds
+def _wire_s(messages: Messages, layout: ParallelLayout, machines: Machines) -> float:
+    """Seconds of one direction of a layer's collectives: two of each kind, for attention and feed-forward."""
+    wide = layout.tensor * layout.context
+    links: dict[Axis, tuple[int, float]] = {
+        "tp": (layout.tensor, machines.link(layout.tensor)),
+        "cp": (layout.context, machines.link(wide)),
+        "ep": (layout.expert, machines.link(layout.expert)),
+    }
+    return ring_s(messages, links) + 2 * len(messages) * machines.assumptions.collective_s
 
 
 def _update_s(run: Run, model: PlannedModel, layout: ParallelLayout, machines: Machines) -> float:
     """Gradients summed over replicas, weights gathered from them, and Adam reading and writing its state once."""
-    copies, span = layout.data * layout.context, layout.tensor * layout.data * layout.context
-    width = 2 if run.precision == "bf16" else 4
+    copies = layout.data * layout.context
+    links: dict[Axis, tuple[int, float]] = {
+        "dp": (copies, machines.link(layout.tensor * copies)),
+        "tp": (layout.tensor, machines.link(layout.tensor)),
+        "pp": (2, machines.link(layout.world_size)),
+    }
     worst = 0.0
-    for shard, owned in zip(model.shards, model.owned, strict=True):
-        travels = shard.dense * (4 + (width if run.parallel.distributed_optimizer else 4)) * (copies - 1) / copies
-        holders = max(1, layout.stage_size // layout.expert)
-        travels += shard.experts * (4 + width) * (holders - 1) / holders
+    for stage, owned in enumerate(model.owned):
         touched = 2 * owned.optimizer + 2 * owned.gradients + owned.weights
-        worst = max(worst, travels / machines.link(span) + touched / machines.gpu.memory_bandwidth)
+        seconds = ring_s(update_messages(run, model, layout, stage), links) + touched / machines.gpu.memory_bandwidth
+        worst = max(worst, seconds)
     return worst
 
 
