@@ -28,6 +28,7 @@ from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.torchrun import is_torchrun, rank_from_environment
 from megarl.planner import command as planner
 from megarl.run_folder import describe_versions, private_umask, write_run_folder
+from megarl.serving import command as serving
 
 if TYPE_CHECKING:
     from megarl.checkpoint.train_state import TrainState
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 SAY_AFTER_S = (5.0, 10.0)  # first rank of another node, every other rank: torchrun ends them sooner when rank 0 has spoken
 PLAIN_WIDTH = 160  # columns of text that goes to a file
+OTHERS = {**file_commands.COMMANDS, **data_commands.COMMANDS, **serving.COMMANDS, **OPERATIONS}  # commands that are no runs
 
 _SUMMARY = {
     "ppo": "PPO with a critic: sample with vLLM, score, learn, publish the weights, repeat",
@@ -43,7 +45,7 @@ _SUMMARY = {
     "dpo": "direct preference optimisation (or IPO) on preference pairs",
     "rrhf": "learn from ranked lists of responses",
     "sample": "sample responses to prompts, score them and write them down",
-    **{name: summary for name, (summary, _, _) in {**file_commands.COMMANDS, **data_commands.COMMANDS, **OPERATIONS}.items()},
+    **{name: summary for name, (summary, _, _) in OTHERS.items()},
     "plan": "does a run fit its GPUs, and how long does a step take? Needs no GPU",
     "version": "versions of megarl and of what it runs on",
 }
@@ -233,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for kind in RUNS:
         _add_course(_add(commands, kind, _course))
-    for name, (_, add_arguments, action) in {**file_commands.COMMANDS, **data_commands.COMMANDS, **OPERATIONS}.items():
+    for name, (_, add_arguments, action) in OTHERS.items():
         add_arguments(_add(commands, name, action))
     planner.add_plan(_add(commands, "plan", planner.run_plan))
     _add(commands, "version", _version)

@@ -17,7 +17,7 @@ from megarl.run_folder import versions, write_run_folder
 from tests.unit.tiny_run import write_run, write_shape
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("ppo", "sft", "reward", "export", "import", "checkpoint", "version")
+COMMANDS = ("ppo", "sft", "reward", "export", "import", "checkpoint", "serve-reward", "version")
 
 
 def start(*arguments: str, code: str = "", **environment: str) -> subprocess.Popen:

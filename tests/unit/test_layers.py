@@ -76,6 +76,7 @@ LAYERS = {
     "megarl.file_commands": 7,
     "megarl.operations": 7,
     "megarl.quickstart": 7,
+    "megarl.serving": 7,
 }
 FORBIDDEN = {
     *("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "pickletools", "marshal", "shelve", "joblib", "jsonpickle"),
