@@ -1,7 +1,9 @@
 """Real training steps on this host's ranks, with the bytes they allocate and send, to compare plans with."""
 
 import ctypes
+import gc
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +70,7 @@ class Case:
                 "critic": model,
                 "rewards": [{"kind": "exact"}],
                 "data": {"path": "prompts.jsonl", "max_prompt_tokens": PROMPT},
-                "rollout": {"prompts_per_step": 32, "max_response_tokens": RESPONSE},
+                "rollout": {"prompts_per_step": 32, "max_response_tokens": RESPONSE, "kv_cache_bytes": 8 << 20},
                 "ppo": {"total_steps": 10, "minibatch_size": 16},
                 "memory": {"offload": self.offload},
                 "checkpoint": {"background": "off"},
@@ -127,6 +129,43 @@ def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             found["resident"]["learning"] = sum(phases.resident_bytes().values())
             found["peak"]["learning"], found["sent"]["learning"] = ledger.peak, dict(ledger.sent)
     return found
+
+
+def warmed_up(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any]]:
+    """The cases in turn, after a tiny one for whatever a process allocates once."""
+    step(rank, world_size, Case("tiny"))
+    found = []
+    for case in cases:
+        found.append(step(rank, world_size, case))
+        gc.collect()
+    return found
+
+
+def sync(rank: int, world_size: int, case: Case, generator: int) -> dict[str, int]:
+    """Bytes of one weight sync into vLLM's own parameters, generators of `generator` ranks: handed to sends and received by this rank."""
+    from megarl.bridge.sync import WeightSync
+    from megarl.models.build import build_model
+    from megarl.models.pieces import load_pieces, source_pieces
+    from megarl.parallel.layout import RolloutLayout
+    from megarl.rollout.vllm_engine import VllmEngine
+
+    run, spec = case.run, case.spec
+    layout = groups.initialize(run.parallel, seed=0)
+    engine = VllmEngine(spec, run.rollout, RolloutLayout(layout, generator), case.precision, PROMPT + RESPONSE)
+    owner = Owner(source_pieces(build_model(spec, "actor", run.parallel, case.precision, layout), spec.table("actor")))
+    load_pieces(owner.pieces, RandomSource(spec.table("actor"), seed=0))
+    pusher = WeightSync(engine, layout, verify_first=0)
+    pusher.push(owner, 1)  # makes the plan
+    with Ledger(0) as ledger:
+        report = pusher.push(owner, 2)
+    return {"sent": ledger.sent["send"], "received": report.received_bytes}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The trainer's side of a sync."""
+
+    pieces: Sequence[Any]
 
 
 def experience(vocab_size: int, rows: int) -> Experience:

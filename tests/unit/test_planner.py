@@ -1,5 +1,7 @@
 """Laws of the planner: it counts what the bridge's shapes say ranks hold, and what it proposes is accepted and fits."""
 
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from megarl.models.family import spec_from_hf_config
 from megarl.models.spec import padded_vocab
 from megarl.parallel.layout import ParallelLayout
 from megarl.planner.devices import GPUS, Assumptions
+from megarl.planner.messages import layer_messages, ring_s
 from megarl.planner.plan import Plan, faults_of, make_plan
 from megarl.planner.search import remedies, search
 from megarl.planner.shards import shards_of
@@ -94,3 +97,81 @@ def test_the_command_tells_by_its_exit_code(monkeypatch, capsys):
     assert "fits: " in capsys.readouterr().out
     assert cli.run(["plan", "configs/ppo_8b.yaml", "--gpu", "l40s-48gb", "parallel.recompute=none", "memory.offload=none"]) != 0
     assert "does not fit: " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what does not learn, and what learns beside
+def is_still(name: str, frozen_layers: int) -> bool:
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return int(layer[1]) < frozen_layers if layer else name.endswith("embed_tokens.weight")
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("tensor, pipeline, virtual", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_frozen_elements_are_those_of_the_embedding_and_the_lowest_layers(kind, tensor, pipeline, virtual, frozen):
+    spec = spec_from_hf_config(tiny_config(kind).to_dict() | {"num_hidden_layers": 4})
+    layout = ParallelLayout(tensor, pipeline, tensor * pipeline)
+    shards = shards_of(spec, "actor", ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual), frozen)
+    pieces = held(spec, layout, "actor", virtual)
+    padding = (padded_vocab(spec.vocab_size, tensor) - spec.vocab_size) * spec.hidden_size
+    for stage, shard in enumerate(shards):
+        ranks = [rank for rank in range(layout.world_size) if layout.at(rank).pp_rank == stage]
+        found = sum(num_elements(box) for rank in ranks for name, box in pieces[rank] if is_still(name, frozen))
+        assert (shard.total - shard.learned) * len(ranks) == found + (padding if stage == 0 else 0)
+
+
+def test_what_is_frozen_has_no_gradients_no_moments_and_no_backward(monkeypatch):
+    plans = [plan_of(monkeypatch, "sft_70b", "h100-80gb", f"model.frozen_layers={count}") for count in (0, 10, 20, 40)]
+    for before, after in pairwise(plans):
+        learned, fewer = (sum(one.owned[0].gradients + one.owned[0].optimizer for one in plan.memory.models) for plan in (before, after))
+        assert fewer < learned or learned == 0
+        assert after.time.seconds["learning"] <= before.time.seconds["learning"]
+    assert plans[2].memory.models[0].is_trained and plans[2].memory.models[0].owned[0].gradients == 0  # a whole stage of it
+    weights = {one.owned[0].weights for plan in plans for one in plan.memory.models}
+    assert len(weights) == 1
+
+
+def test_layers_below_the_first_that_learns_keep_nothing(monkeypatch):
+    def activations(*overrides: str) -> int:
+        plan = plan_of(monkeypatch, "reward_8b", "h100-80gb", "parallel.pipeline=1", "parallel.recompute=none", *overrides)
+        (learning,) = (one for one in plan.memory.phases if one.phase == "learning")
+        return learning.parts["activations"]
+
+    every, half = activations(), activations("model.frozen_layers=16")
+    assert 0.45 < half / every < 0.6
+
+
+PTX = "ppo.ptx={data: {path: text.jsonl, max_tokens: 2048}, batch_size: 64}"
+
+
+def test_text_in_the_policy_loss_takes_its_time_and_room(monkeypatch):
+    without = plan_of(monkeypatch, "ppo_8b", "h100-80gb", "rollout.max_response_tokens=256", "data.max_prompt_tokens=256")
+    beside = plan_of(monkeypatch, "ppo_8b", "h100-80gb", "rollout.max_response_tokens=256", "data.max_prompt_tokens=256", PTX)
+    assert beside.memory.worst("learning").total > without.memory.worst("learning").total
+    assert beside.memory.worst("scoring").total == without.memory.worst("scoring").total
+    assert beside.time.seconds["learning"] > without.time.seconds["learning"]
+
+
+def test_a_judge_named_twice_is_held_once_and_those_of_held_out_sets_too(monkeypatch):
+    base = plan_of(monkeypatch, "ppo_8b", "h100-80gb")
+    (judge,) = (part for part in base.run.rewards if part.kind == "model")
+    again = f"{{kind: model, path: {judge.path}, shape: {judge.shape}}}"
+    twice = plan_of(monkeypatch, "ppo_8b", "h100-80gb", f"rewards=[{again}, {again}]")
+    assert twice.memory.worst("scoring").total == base.memory.worst("scoring").total
+    other = f"{{kind: model, path: weights/other, shape: {judge.shape}}}"
+    examined = f"eval={{every_steps: 5, sets: [{{name: held, data: {{path: held.jsonl}}, metrics: [{again}, {other}]}}]}}"
+    held_out = plan_of(monkeypatch, "ppo_8b", "h100-80gb", examined)
+    weights = sum(size for name, size in held_out.memory.worst("scoring").parts.items() if name.startswith("eval."))
+    assert weights == sum(size for name, size in held_out.memory.worst("scoring").parts.items() if name.startswith("rewards."))
+    assert held_out.time.seconds["scoring"] == base.time.seconds["scoring"]
+
+
+def test_a_reduce_scatter_and_a_gather_are_what_an_all_reduce_is(monkeypatch):
+    """Megatron's sequence parallelism moves the same bytes as tensor parallelism without it (Korthikanti et al. 2022), forward."""
+    split, whole = (plan_of(monkeypatch, "sft_70b", "h100-80gb", f"parallel.sequence={value}") for value in ("true", "false"))
+    spec = split.specs["model"]
+    (gathered, _), (reduced, _) = (layer_messages(plan.run, spec, 4096) for plan in (split, whole))
+    assert gathered["all-gather", "tp"] == gathered["reduce-scatter", "tp"] == reduced["all-reduce", "tp"]
+    assert reduced["all-reduce", "tp"] == 2 * 4096 * spec.hidden_size * 2
+    links = {"tp": (8, 1e9)}
+    assert ring_s(gathered, links) == pytest.approx(ring_s(reduced, links))
