@@ -23,12 +23,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_a_recipe_could_start(world: Path, recipe: Path) -> None:
+def test_a_recipe_could_start(world: Path, recipe: Path, capsys: pytest.CaptureFixture) -> None:
     run = load_run(kind_of(recipe), ROOT / recipe)
     ranks = run.cluster.world_size if run.cluster is not None else None
     inspection = inspect(kind_of(recipe), ROOT / recipe, [], ranks, is_start=True)
-    assert not inspection.notices
-    assert inspection.specs
+    assert inspection.specs and not inspection.notices
+    assert cli.run([kind_of(recipe), str(ROOT / recipe), "--check"]) == 0
+    assert f"check passed: {inspection.world_size} ranks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
