@@ -7,12 +7,14 @@
 # checkpoint, with a rendezvous of its own. SIGUSR1, SIGTERM, Ctrl-C, a job's time limit, or somebody's `touch OUTPUT_DIR/drain` stop the
 # ranks at the end of their step, with a checkpoint; a Slurm job then goes back into the queue. How it ended is in OUTPUT_DIR/outcome.json
 # and, without the details, in the exit code: 0 done, 75 stopped and can go on, 78 the configuration or 65 the data is wrong, 93 several
-# attempts in a row have published no checkpoint (jobs that wait for this one are then cancelled).
+# attempts in a row have published no checkpoint (jobs that wait for this one are then cancelled). A node found to be bad before
+# models are loaded (OUTPUT_DIR/bad_nodes) is left out from then on, and the job goes back into the queue.
 #
 # Settings (environment):
 #   NPROC                 ranks a node                                                     [GPUs of a node, or 1]
 #   MEGARL_MAX_FRUITLESS  attempts in a row without a new checkpoint that stop it for good [3]
 #   MEGARL_LEAD_S         seconds before the time limit at which the ranks are stopped: a step, a checkpoint and a minute  [900]
+#   MEGARL_NODES_WAIT_S   after a failure, seconds for nodes that do not answer: Slurm gives the job up before             [900]
 #   MEGARL_CONTAINER      image everything runs in: launch/container.sh
 #   MEGARL_SRUN           further options of srun
 set -euo pipefail
@@ -23,7 +25,7 @@ set -euo pipefail
 JOB=${SLURM_JOB_ID:-}
 LIMIT=${MEGARL_MAX_FRUITLESS:-3}
 LEAD_S=${MEGARL_LEAD_S:-900}
-NODES_WAIT_S=${MEGARL_NODES_WAIT_S:-900} # for nodes that do not answer: Slurm gives the job up before
+NODES_WAIT_S=${MEGARL_NODES_WAIT_S:-900}
 START=${JOB:-$(date +%s)-$$}-${SLURM_RESTART_COUNT:-0}
 
 say() { echo "megarl: $*" >&2; }
@@ -61,6 +63,7 @@ interrupt() { # a second Ctrl-C does not wait for the step
 }
 trap 'drain "SIGUSR1"' USR1
 trap 'drain "SIGTERM"' TERM
+trap 'drain "the time limit comes near"' ALRM
 trap interrupt INT
 
 seconds_left() { # until the job's time limit; nothing without one
@@ -72,7 +75,7 @@ watch_the_clock() { # the limit may be moved while the job runs: look again befo
     local left
     while left=$(seconds_left) && [[ -n $left ]]; do
         if ((left <= LEAD_S)); then
-            kill -USR1 $$
+            kill -ALRM $$
             return
         fi
         sleep $((left - LEAD_S > 60 ? 60 : left - LEAD_S))
@@ -96,7 +99,7 @@ attempt() { # NUMBER KIND CONFIG ...: the exit code of the ranks
     local port=$((20000 + (${JOB:-0} * 31 + ${SLURM_RESTART_COUNT:-0} * 7 + $1) % 20000))
     shift
     (
-        trap '' USR1 TERM INT # the ranks hear of it through the file; a second Ctrl-C ends them
+        trap '' USR1 ALRM TERM INT # the ranks hear of it through the file; a second Ctrl-C ends them
         [[ -z $JOB ]] || export MASTER_PORT=$port
         on_nodes --kill-on-bad-exit=1 --wait=60 ${CONTAINER_SRUN[@]+"${CONTAINER_SRUN[@]}"} -- \
             ${CONTAINER_PREFIX[@]+"${CONTAINER_PREFIX[@]}"} bash "$MEGARL_ROOT/launch/torchrun.sh" "$@"
@@ -132,27 +135,47 @@ cancel_successors() { # jobs that wait for this one or, in an array, come after 
         waiting=(${next[@]+"${next[@]}"})
     done
 }
+LEFT_OUT=
+leave_out() { # JOB AS SLURM SHOWS IT: notes the nodes in RUN/bad_nodes beside those that are left out already; false when too few remain
+    local all out
+    [[ -s $RUN/bad_nodes ]] || return 0
+    all=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u)
+    out=$(grep -o ' ExcNodeList=[^( ]*' <<<"$1" | cut -d= -f2) || true
+    out=$({ [[ -z $out ]] || scontrol show hostnames "$out"; grep -xFf "$RUN/bad_nodes" <<<"$all" || true; } | sort -u)
+    LEFT_OUT=${out//$'\n'/,}
+    if [[ -n $out ]] && (($(grep -vxcFf <(echo "$out") <<<"$all") < SLURM_JOB_NUM_NODES)); then
+        say "job $JOB needs $SLURM_JOB_NUM_NODES nodes and $SLURM_JOB_PARTITION has too few besides $LEFT_OUT: not requeued;" \
+            "submit it again when nodes are repaired and their lines deleted from $RUN/bad_nodes"
+        return 1
+    fi
+}
 requeue() { # a job that Slurm is ending for another reason is left to it
-    local state
-    state=$(scontrol show job -o "$JOB" | grep -o ' JobState=[A-Z_]*' | cut -d= -f2)
-    case $state in
-    RUNNING | TIMEOUT | PREEMPTED)
-        trap '' TERM USR1
-        if scontrol requeue "$JOB"; then
-            say "job $JOB goes back into the queue and continues there"
-        else
-            say "job $JOB cannot be requeued: submit it again to continue"
-        fi
-        ;;
-    *) say "job $JOB is $state: not requeued by itself; submit it again to continue" ;;
-    esac
+    local job
+    job=" $(scontrol show job -o "$JOB") " || true
+    leave_out "$job" || return 0
+    trap '' TERM USR1 ALRM # Slurm ends this script now, and it has a word to say yet
+    if [[ $job == *" Restarts="* && $job != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+        : # somebody has done it
+    elif [[ $job == *" JobState=C"* && $job != *" Reason=TimeLimit "* ]]; then # completing, cancelled
+        say "job $JOB was ended from outside: submit it again to continue"
+        return
+    elif ! scontrol requeue "$JOB"; then
+        say "job $JOB cannot be requeued: submit it again to continue"
+        return
+    fi
+    say "job $JOB goes back into the queue and continues there"
+    [[ -z $LEFT_OUT ]] || { scontrol update JobId="$JOB" ExcNodeList="$LEFT_OUT" && say "job $JOB leaves out $LEFT_OUT from now on"; } || true
 }
 
 number=0
 while :; do
     number=$((number + 1))
     export MEGARL_ATTEMPT=$START-$number
-    ask begin "$RUN" "$MEGARL_ATTEMPT"
+    begun=$(ask begin "$RUN" "$MEGARL_ATTEMPT")
+    if [[ $begun == fenced ]]; then # this node was cut off, and the job lives elsewhere
+        say "job $JOB has been started again elsewhere: this start stops"
+        exit 75
+    fi
     [[ -z $reason ]] || drain "$reason" # asked while the last attempt was failing
     code=0
     attempt "$number" "$@" || code=$?
@@ -169,6 +192,10 @@ while :; do
         say "$LIMIT attempts in a row without a new checkpoint: stopped for good; $RUN/outcome.json says why the last one failed"
         [[ -z $JOB ]] || cancel_successors
         exit 93
+        ;;
+    bad-hosts)
+        say "nodes found bad: $(paste -sd ' ' "$RUN/bad_nodes"); $RUN/outcome.json says why"
+        [[ -z $JOB ]] || { requeue && exit 75; }
         ;;
     fenced)
         say "a newer attempt is in charge of $RUN: this one stops"

@@ -1,7 +1,8 @@
 """What `launch/attempts.sh` asks between attempts: where the run's folder is, whether to try, how it ended, whether to try again.
 
 An attempt makes progress when a newer checkpoint has appeared since it began. Attempts and their ends are lines of `events.jsonl`, so they
-are counted across jobs, requeues and batch shells that died.
+are counted across jobs, requeues and batch shells that died. One that named a bad host (`preflight`) is not counted: the next one runs
+without that host.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from megarl.operations.events import NAME, EventLog, read_events
 from megarl.operations.outcome import EXIT_CODES, Outcome
 
 DRAIN = "drain"
+BAD_HOSTS_FILE = "bad_nodes"  # written by `preflight`, one name a line; a host whose line is deleted may take part again
 STEP = re.compile(r"step-(\d{8,})")
-FENCED = "fenced"
+BEGUN, FENCED, BAD_HOSTS = "begun", "fenced", "bad-hosts"
 
 
 def locate(kind: str, config: Path, overrides: Sequence[str]) -> Path:
@@ -35,15 +37,31 @@ def locate(kind: str, config: Path, overrides: Sequence[str]) -> Path:
     return run
 
 
-def begin(run: Path, epoch: str) -> None:
-    """The attempt `epoch` takes charge of the folder."""
+def begin(run: Path, epoch: str) -> str:
+    """The attempt `epoch` takes charge of the folder; `fenced`, and nothing done, when its job has been started again since.
+
+    Where somebody had asked the attempt before to stop, its line says so: that one may have been ended before it could.
+    """
+    before = outcome.current(run)
+    if is_earlier_start(epoch, before):
+        return FENCED
+    asked = before if (run / DRAIN).exists() else ""
     outcome.make_current(run, epoch)
     (run / DRAIN).unlink(missing_ok=True)
-    EventLog(run / NAME, attempt=epoch).write("attempt", checkpoint=newest_checkpoint(run))
+    EventLog(run / NAME, attempt=epoch).write("attempt", checkpoint=newest_checkpoint(run), bad_hosts=bad_hosts(run), asked=asked)
+    return BEGUN
+
+
+def is_earlier_start(epoch: str, other: str) -> bool:
+    """Whether `epoch` is of an earlier start of the job that `other` is of: job-restart-attempt."""
+    (job, restart, _), (other_job, other_restart, _) = (
+        name.rsplit("-", 2) if name.count("-") >= 2 else (name, "0", "0") for name in (epoch, other)
+    )
+    return job == other_job and restart.isdigit() and other_restart.isdigit() and int(restart) < int(other_restart)
 
 
 def end(run: Path, epoch: str, exit_code: int, limit: int) -> str:
-    """How the attempt ended, as one word: an outcome, or `fenced` when a newer attempt is in charge.
+    """How the attempt ended, as one word: an outcome, `fenced` when a newer attempt is in charge, `bad-hosts` when it has found some.
 
     `retry` becomes `no-progress` when so many attempts (`limit`) in a row have published no checkpoint.
     """
@@ -52,8 +70,13 @@ def end(run: Path, epoch: str, exit_code: int, limit: int) -> str:
     found = outcome.read(run)
     if found is None or found.epoch != epoch:
         found = Outcome("retry", epoch, newest_checkpoint(run), f"the ranks ended with exit code {exit_code} and left no word")
-    log = EventLog(run / NAME, attempt=epoch)
-    if found.outcome == "retry" and (fruitless := num_fruitless(read_events(run), newest_checkpoint(run))) >= limit:
+    log, events = EventLog(run / NAME, attempt=epoch), read_events(run)
+    known = next((event["bad_hosts"] for event in events if event["event"] == "attempt" and event["attempt"] == epoch), [])
+    if found.outcome == "retry" and (new := sorted({*bad_hosts(run)} - {*known})):
+        found.write(run)
+        log.write("outcome", outcome="retry", reason=found.reason, exit_code=exit_code, bad_hosts=new)
+        return BAD_HOSTS
+    if found.outcome == "retry" and (fruitless := num_fruitless(events, newest_checkpoint(run))) >= limit:
         reason = f"{fruitless} attempts in a row without a new checkpoint; the last one: {found.reason}"
         found = Outcome("no-progress", epoch, found.iteration, reason, found.rank, found.phase)
     found.write(run)
@@ -62,16 +85,28 @@ def end(run: Path, epoch: str, exit_code: int, limit: int) -> str:
 
 
 def num_fruitless(events: Sequence[dict[str, Any]], newest: int) -> int:
-    """How many attempts since the run last stopped for good have begun at the checkpoint `newest` and were not asked to stop."""
+    """How many attempts since the run last stopped for good have begun at the checkpoint `newest`.
+
+    Those that were asked to stop, or found a bad host, do not count.
+    """
     begun: dict[str, int] = {}
     for event in events:
         if event["event"] == "attempt":
+            begun.pop(event.get("asked", ""), None)
             begun[event["attempt"]] = event["checkpoint"]
         elif event["event"] == "outcome" and event["outcome"] == "no-progress":
             begun = {}
-        elif event["event"] == "outcome" and event["outcome"] == "drained":
+        elif event["event"] == "outcome" and (event["outcome"] == "drained" or event.get("bad_hosts")):
             begun.pop(event["attempt"], None)
     return sum(checkpoint == newest for checkpoint in begun.values())
+
+
+def bad_hosts(run: Path) -> list[str]:
+    """Hosts that `preflight` has found unable to take part in the run, and nobody has taken off the list."""
+    try:
+        return (run / BAD_HOSTS_FILE).read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        return []
 
 
 def newest_checkpoint(run: Path) -> int:
@@ -100,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command == "locate":
             print(locate(parsed.kind, parsed.config, parsed.overrides))
         elif parsed.command == "begin":
-            begin(parsed.run, parsed.epoch)
+            print(begin(parsed.run, parsed.epoch))
         else:
             print(end(parsed.run, parsed.epoch, parsed.exit_code, parsed.limit))
     except MegarlError as error:

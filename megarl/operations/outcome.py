@@ -65,12 +65,17 @@ def epoch() -> str:
     return os.environ.get(heartbeat.ATTEMPT) or ALONE
 
 
+def current(run: Path) -> str:
+    """The newest attempt at the run; empty where no attempt loop has ever been."""
+    try:
+        return (run / CURRENT).read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
 def is_current(run: Path, name: str) -> bool:
     """Whether the attempt `name` is the newest one of the run. True where no attempt loop has ever been."""
-    try:
-        return (run / CURRENT).read_text().strip() in ("", name)
-    except FileNotFoundError:
-        return True
+    return current(run) in ("", name)
 
 
 def make_current(run: Path, name: str) -> None:

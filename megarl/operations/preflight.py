@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megarl.errors import ConfigError, SetupError
 from megarl.operations import host
+from megarl.operations.attempts import BAD_HOSTS_FILE, bad_hosts
 from megarl.parallel import collectives, device
 
 BUDGET_S = 15.0  # for the pairs of hosts: as many rounds as fit
@@ -30,7 +31,8 @@ MOST_ROUNDS = 8
 SLOW = 3.0  # times slower than the better pairs
 LEAST_SHARED, LEAST_MEMORY = 256 << 20, 1 << 30
 FREE_SHARE = 0.8  # of a GPU's memory
-BAD_NODES, REPORT = "bad_nodes", "preflight.json"
+REPORT = "preflight.json"
+NODE = "SLURMD_NODENAME"  # what Slurm calls this host; its own name may be longer
 WISH = "MEGARL_PREFLIGHT"
 
 
@@ -65,7 +67,7 @@ def preflight(run: Path, name: str | None = None, own_faults: Callable[[Path], l
     """
     group = dist.new_group()  # its connections end with it
     try:
-        found = _examine(run, name or socket.gethostname(), own_faults or faults_of_this_host, group)
+        found = _examine(run, name or os.environ.get(NODE) or socket.gethostname(), own_faults or faults_of_this_host, group)
     finally:
         dist.destroy_process_group(group)
     _conclude(run, found, dist.get_rank())
@@ -241,12 +243,11 @@ def _conclude(run: Path, found: Findings, rank: int) -> None:
             run.mkdir(parents=True, exist_ok=True)
             (run / REPORT).write_text(json.dumps(found.to_json(), indent=1) + "\n")
             if bad and len(bad) < len(found.hosts):  # leaving all of them out helps nobody
-                known = (run / BAD_NODES).read_text().split() if (run / BAD_NODES).exists() else []
-                (run / BAD_NODES).write_text("".join(f"{name}\n" for name in sorted({*known, *bad})))
+                (run / BAD_HOSTS_FILE).write_text("".join(f"{name}\n" for name in sorted({*bad_hosts(run), *bad})))
         except OSError:  # perhaps the very fault that is to be told
             pass
     if bad:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.faults)
         raise SetupError(
-            f"{len(bad)} of {len(found.hosts)} hosts cannot take part: {reasons}; leave them out ({run / BAD_NODES} names them)"
+            f"{len(bad)} of {len(found.hosts)} hosts cannot take part: {reasons}; leave them out ({run / BAD_HOSTS_FILE} names them)"
         )

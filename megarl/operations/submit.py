@@ -1,7 +1,8 @@
 """`megarl submit`: sbatch, with the mistakes found before the queue instead of after it.
 
 It checks the run, makes its folder and that of its logs, writes down the resolved configuration and the commit, and lets the job run that
-configuration: what is edited while the job waits does not change it. The job's script stays an ordinary one, which sbatch takes as well.
+configuration: what is edited while the job waits does not change it. Nodes that an earlier start of the run has found bad are left out. The
+job's script stays an ordinary one, which sbatch takes as well.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from megarl.check import inspect
 from megarl.config_file import to_yaml
 from megarl.errors import ConfigError, SetupError
+from megarl.operations.attempts import BAD_HOSTS_FILE, bad_hosts
 from megarl.run_folder import versions
 
 SUMMARY = "check a run, freeze its configuration and submit its Slurm script"
@@ -57,7 +59,7 @@ def run_submit(parsed: argparse.Namespace) -> int:
         environment["CONFIG"] = str(frozen)
     logs = output / "logs"
     _make(logs)
-    job = sbatch(request, logs, environment)
+    job = sbatch(request, logs, environment, left_out(request, output))
     if is_parsable:
         print(job)
         return 0
@@ -131,12 +133,25 @@ def commit() -> str:
     return head + ("+changes" if changed.strip() else "")
 
 
-def sbatch(request: Request, logs: Path, environment: dict[str, str]) -> str:
-    """Hand the script to Slurm; the job's number. Raises `SetupError` with what sbatch says."""
+def left_out(request: Request, output: Path) -> list[str]:
+    """sbatch's option that keeps the job off the nodes the run has found bad; none where the user names nodes to leave out."""
+    bad = bad_hosts(output) if request.stage else []
+    if not bad:
+        return []
+    is_named = any(word.startswith(("--exclude", "-x")) for word in request.options)
+    said = "are not left out, because --exclude names others" if is_named else "are left out"
+    print(
+        f"megarl: warning: {', '.join(bad)} {said}: {output / BAD_HOSTS_FILE} (delete the line of a node that works again)", file=sys.stderr
+    )
+    return [] if is_named else [f"--exclude={','.join(bad)}"]
+
+
+def sbatch(request: Request, logs: Path, environment: dict[str, str], more: Sequence[str] = ()) -> str:
+    """Hand the script to Slurm, with `more` options; the job's number. Raises `SetupError` with what sbatch says."""
     log = [] if any(word.startswith(("--output", "-o")) for word in request.options) else [f"--output={logs}/%x-%j.log"]
     arguments = () if request.stage else request.overrides  # the frozen configuration holds them
     options = [word for word in request.options if word != "--parsable"]
-    command = ["sbatch", "--parsable", *log, *options, str(request.script), *arguments]
+    command = ["sbatch", "--parsable", *log, *more, *options, str(request.script), *arguments]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     except FileNotFoundError:

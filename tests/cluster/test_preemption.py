@@ -1,0 +1,93 @@
+"""R6: a run that is stopped again and again, by every way a cluster has, is at its end the run that was never stopped."""
+
+import time
+from datetime import datetime
+
+import pytest
+
+from tests.cluster.jobs import SLOWLY, Job, assert_equal, lesson, now
+from tests.course.test_ppo import ppo_run
+from tests.faults.started import write_config
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+WARNING = "--signal=B:USR1@30"
+
+
+def stop(job: Job, way: str) -> None:
+    """Ask the job to stop, as people and clusters do."""
+    if way == "signal":
+        job.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    elif way == "requeue":
+        job.scontrol("requeue", job.number)
+    elif way == "file":
+        (job.run / "drain").touch()
+    elif way == "limit":  # the limit comes near: Slurm itself sends the signal of --signal, 30 to 60 s before
+        job.scontrol("update", f"JobId={job.number}", f"EndTime={datetime.fromtimestamp(now() + 50).isoformat(timespec='seconds')}")
+    else:
+        raise ValueError(way)
+
+
+def chained(job: Job, ways: list[str], apart: int) -> list[tuple[str, float, float]]:
+    """Stop the job in each way, `apart` steps after it started again; (way, seconds until drained, until training again)."""
+    measured = []
+    for number, way in enumerate(ways, 1):
+        job.wait_for_step(job.newest() + apart)
+        began = now()
+        stop(job, way)
+        job.wait_for(lambda number=number: job.restarts() == number, 90, f"requeue after {way}")
+        again = job.wait_for_training(began)
+        drained = [event for event in job.events("outcome") if event["time"] > began and event["outcome"] == "drained"]
+        assert len(drained) == 1, f"{way}: not drained; it said:\n{job.log()[-4000:]}"
+        (continued,) = [event["step"] for event in job.events("continue")][number:]
+        assert f"after {continued} of" in drained[0]["reason"], "it goes on where it stopped"
+        measured.append((way, drained[0]["time"] - began, again))
+        print(f"R6: {way}: drained after {measured[-1][1]:.1f} s, training again after {again:.1f} s")
+    job.wait()
+    assert job.steps() == list(range(job.steps()[0], job.step() + 1)), "no step is left out and none is repeated"
+    assert job.outcome()["outcome"] == "done"
+    return measured
+
+
+def test_a_lesson_stopped_in_every_way_ends_as_if_it_had_not_been(cluster, tmp_path):
+    peace = lesson(cluster, tmp_path, "peace", 30).submit()
+    peace.wait()
+    job = lesson(cluster, tmp_path, "stopped", 30).submit(WARNING, MEGARL_LEAD_S="1", **SLOWLY)
+    chained(job, ["requeue", "file", "limit"], 2)
+    assert_equal(job, peace)
+    cluster.wait_until_idle()
+
+
+def test_a_job_looks_at_its_own_time_limit(cluster, tmp_path):
+    job = lesson(cluster, tmp_path, "timed", 1000).submit("--time=1", "--signal=B:CONT@1", MEGARL_LEAD_S="20", **SLOWLY)
+    job.wait_for(lambda: job.restarts() == 2, 300, "two requeues")
+    cluster.run("scancel", job.number)
+    cluster.wait_for(lambda: job.shown()["JobState"] == "CANCELLED", 60, "end")
+    drained = [event for event in job.events("outcome") if event["reason"].startswith("the time limit comes near")]
+    begun = [event["time"] for event in job.events("attempt")]
+    spent = [event["time"] - start for event, start in zip(drained, begun)]
+    print(f"R6: time limit of 60 s, told 20 s before: attempts of {', '.join(f'{seconds:.0f} s' for seconds in spent)}, {job.step()} steps")
+    assert len(drained) == 2 and max(spent) < 60
+    assert job.steps() == list(range(job.step() + 1)) and job.step() > 0
+    cluster.wait_until_idle()
+
+
+def ppo_job(cluster, root, name: str, steps: int) -> Job:
+    """PPO with vLLM on the quickstart's prompts, without checkpoints but those of being stopped and of the end."""
+    from megarl.quickstart.make_data import make_data
+
+    if not (root / "data").exists():
+        make_data(root / "data", seed=0)
+    keys = {"ppo": {"total_steps": steps, "minibatch_size": 16, "kl": {"coef": 0.01}}, "eval": None, "checkpoint": {}}
+    run = ppo_run(root, name, **keys).model_dump(mode="json")
+    return Job(cluster, write_config(root / f"{name}.yaml", run), root / name, "ppo")
+
+
+def test_ppo_stopped_three_times_ends_as_if_it_had_not_been(cluster, tmp_path):
+    peace = ppo_job(cluster, tmp_path, "peace", 8).submit()
+    began = time.monotonic()
+    peace.wait(timeout_s=400)
+    print(f"R6: PPO in peace {time.monotonic() - began:.0f} s")
+    job = ppo_job(cluster, tmp_path, "stopped", 8).submit(**SLOWLY)
+    chained(job, ["requeue", "signal", "requeue"], 1)
+    assert_equal(job, peace)
+    cluster.wait_until_idle()

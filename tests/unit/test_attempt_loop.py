@@ -1,0 +1,193 @@
+"""Attempts without a cluster: when a run starts again, when it stops for good, and what Slurm is told by attempts.sh and megarl submit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarl.errors import ConfigError, SetupError
+from megarl.operations import attempts, outcome
+from megarl.operations.events import read_events
+from megarl.operations.outcome import Outcome
+from megarl.operations.submit import Request, left_out, read_request, sbatch
+from tests.unit import tiny_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def failed(run: Path, epoch: str, limit: int = 2) -> str:
+    """One attempt whose ranks are killed before they can say anything."""
+    assert attempts.begin(run, epoch) == attempts.BEGUN
+    return attempts.end(run, epoch, 137, limit)
+
+
+def publish(run: Path, step: int) -> None:
+    (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+
+# ---------------------------------------------------------------- when to try again
+def test_attempts_in_a_row_without_a_new_checkpoint_stop_a_run_for_good(tmp_path):
+    assert failed(tmp_path, "7-0-1") == "retry"
+    publish(tmp_path, 2)
+    assert failed(tmp_path, "7-0-2") == "retry", "there is a newer checkpoint than the first attempt had"
+    assert failed(tmp_path, "7-1-1") == "no-progress", "counted across starts of the job"
+    found = outcome.read(tmp_path)
+    assert found.exit_code == 93 and "2 attempts in a row without a new checkpoint" in found.reason and "137" in found.reason
+    assert failed(tmp_path, "8-0-1") == "retry", "somebody has submitted it again: counted anew"
+
+
+def test_attempts_that_were_asked_to_stop_are_not_counted(tmp_path):
+    for number in range(1, 4):  # killed by a pre-emption before they could save
+        assert attempts.begin(tmp_path, f"7-{number}-1") == attempts.BEGUN
+        (tmp_path / "drain").write_text("SIGTERM\n")
+    assert failed(tmp_path, "7-4-1") == "retry" and not (tmp_path / "drain").exists()
+    assert failed(tmp_path, "7-4-2") == "no-progress"
+
+
+def test_an_attempt_that_found_a_bad_host_is_not_counted(tmp_path):
+    for number, name in enumerate(("n1", "n2", "n3"), 1):
+        assert attempts.begin(tmp_path, f"7-{number}-1") == attempts.BEGUN
+        Outcome("retry", f"7-{number}-1", reason=f"SetupError: {name}").write(tmp_path)
+        with (tmp_path / "bad_nodes").open("a") as file:
+            file.write(f"{name}\n")
+        assert attempts.end(tmp_path, f"7-{number}-1", 1, 2) == attempts.BAD_HOSTS
+    assert outcome.read(tmp_path).reason == "SetupError: n3"
+    assert [event["bad_hosts"] for event in read_events(tmp_path) if event["event"] == "outcome"] == [["n1"], ["n2"], ["n3"]]
+    assert [failed(tmp_path, f"7-4-{number}") for number in (1, 2)] == ["retry", "no-progress"], "hosts known before are no news"
+
+
+def test_an_earlier_start_of_the_same_job_does_not_take_over(tmp_path):
+    attempts.begin(tmp_path, "7-2-1")
+    assert attempts.begin(tmp_path, "7-1-4") == attempts.FENCED and outcome.current(tmp_path) == "7-2-1"
+    assert attempts.end(tmp_path, "7-1-3", 1, 3) == attempts.FENCED
+    assert attempts.begin(tmp_path, "7-10-1") == attempts.BEGUN and attempts.begin(tmp_path, "6-0-1") == attempts.BEGUN
+    assert attempts.begin(tmp_path, "1700000000-55-0-1") == attempts.BEGUN
+
+
+def test_an_outcome_that_cannot_be_read_is_none(tmp_path):
+    for text in ("", "{", "[]", '{"outcome": "fine", "epoch": "1"}', '{"outcome": "done"}'):
+        (tmp_path / "outcome.json").write_text(text)
+        assert outcome.read(tmp_path) is None
+    attempts.begin(tmp_path, "1-0-1")
+    assert not Outcome("done", "1-0-0").write(tmp_path) and outcome.read(tmp_path) is None
+
+
+# ---------------------------------------------------------------- what Slurm is told
+COMMANDS = {
+    "scontrol": 'case "$1 $2" in "show job") echo "JobId=7 $FAKE_JOB ExcNodeList=${FAKE_OUT:-(null)}" ;;'
+    ' "show hostnames") tr , "\\n" <<<"$3" ;; *) echo "scontrol $*" >>"$FAKE_SAID" ;; esac',
+    "squeue": 'case "$*" in *%e*) date -d "+3 hours" +%FT%T ;; *PENDING*) echo "8 afterok:7(unfulfilled)" ;; esac',
+    "scancel": 'echo "scancel $*" >>"$FAKE_SAID"',
+    "sinfo": "printf 'n1\\nn2\\nn3\\nn4\\n'",
+    "srun": 'case "$*" in *" true") exit 0 ;; esac; echo "srun $* port $MASTER_PORT" >>"$FAKE_SAID"; eval "$FAKE_RANKS"',
+    "sbatch": 'echo "sbatch $*" >>"$FAKE_SAID"; [[ -z ${FAKE_REFUSAL:-} ]] || { echo "$FAKE_REFUSAL" >&2; exit 1; }; echo "41;cluster"',
+}
+SAY = 'echo "{\\"outcome\\": \\"%s\\", \\"epoch\\": \\"$MEGARL_ATTEMPT\\", \\"reason\\": \\"x\\"}" >"$MEGARL_RUN/outcome.json"; exit %d'
+RUNNING = "JobState=RUNNING Reason=None Restarts=0"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Slurm's commands as they are seen from a job of three nodes: they write down what they are told."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in COMMANDS.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    (tmp_path / "said").touch()
+    for name, value in {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_SAID": str(tmp_path / "said"), "FAKE_JOB": RUNNING}.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def run_job(root: Path, ranks: str, **environment: str) -> tuple[int, list[str], str]:
+    """launch/attempts.sh as a job; (exit code, what Slurm was told, what it said)."""
+    config = tiny_run.write_run(root, tiny_run.SFT)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_PARTITION": "main", "MEGARL_MAX_FRUITLESS": "1"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEGARL_", "SLURM_"))}
+    done = subprocess.run(
+        ["bash", "launch/attempts.sh", "sft", str(config)],
+        cwd=ROOT,
+        env=kept | job | {"MEGARL_VENV": "none", "MEGARL_PYTHON": sys.executable, "FAKE_RANKS": ranks} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    said = (root / "said").read_text().splitlines()
+    assert said and said[0].startswith("srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 bash"), done.stderr
+    return done.returncode, said[1:], done.stderr
+
+
+@pytest.mark.parametrize(("kind", "code"), [("done", 0), ("config-error", 78)])
+def test_what_is_done_or_a_users_mistake_is_not_tried_again(slurm, kind, code):
+    assert run_job(slurm, SAY % (kind, code))[:2] == (code, [])
+
+
+def test_drained_goes_back_into_the_queue_without_the_bad_nodes(slurm):
+    ranks = 'printf "n3\\nlaptop\\n" >"$MEGARL_RUN/bad_nodes"; ' + SAY % ("drained", 75)
+    code, said, text = run_job(slurm, ranks, FAKE_OUT="n8,n9")
+    assert (code, said) == (75, ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n3,n8,n9"]), "once the job is pending"
+    assert "job 7 leaves out n3,n8,n9 from now on" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=0", ["scontrol requeue 7"]),
+        ("JobState=COMPLETING Reason=None Restarts=1", []),  # `scontrol requeue` from outside
+        ("JobState=COMPLETING Reason=None Restarts=0", []),  # scancel
+    ],
+)
+def test_a_job_that_slurm_is_ending_is_left_to_it(slurm, state, told):
+    assert run_job(slurm, SAY % ("drained", 75), FAKE_JOB=state)[:2] == (75, told)
+
+
+def test_bad_nodes_end_the_job_where_too_few_remain(slurm):
+    ranks = 'printf "n3\\nn4\\n" >"$MEGARL_RUN/bad_nodes"; ' + SAY % ("retry", 1)
+    code, said, text = run_job(slurm, ranks)
+    assert (code, said) == (75, []) and "needs 3 nodes and main has too few besides n3,n4" in text
+
+
+def test_no_progress_cancels_the_jobs_that_wait(slurm):
+    assert run_job(slurm, SAY % ("retry", 1))[:2] == (93, ["scancel 8"])
+
+
+# ---------------------------------------------------------------- megarl submit
+def test_options_of_sbatch_are_told_from_keys(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("CONFIG", raising=False)
+    words = ["--time=1:00", "-N", "4", "--account", "us", "--exclusive", "ppo.total_steps=3", "seed=2"]
+    found = read_request("slurm/ppo_70b.sh", None, words)
+    assert found.options == ("--time=1:00", "-N", "4", "--account", "us", "--exclusive")
+    assert found.overrides == ("ppo.total_steps=3", "seed=2") and found.config == Path("configs/ppo_70b.yaml") and found.stage == "ppo"
+    assert read_request("configs/sft_70b.yaml", None, []).script == Path("slurm/sft_70b.sh")
+    export = read_request("slurm/export_70b.sh", None, ["--time=5", "runs/a", "out"])
+    assert (export.stage, export.options, export.overrides) == ("", ("--time=5",), ("runs/a", "out"))
+    for target, config in (("slurm/none.sh", None), ("configs/quickstart/sft.yaml", Path("other.yaml"))):
+        with pytest.raises(ConfigError):
+            read_request(target, config, [])
+
+
+def test_what_sbatch_is_told(slurm, capsys):
+    script, run = ROOT / "slurm/sft_70b.sh", slurm / "run"
+    run.mkdir()
+    request = Request(script, "sft", None, ("--parsable", "--time=5"), ("seed=1",))
+    assert left_out(request, run) == []
+    (run / "bad_nodes").write_text("n2\nn5\n")
+    assert left_out(request, run) == ["--exclude=n2,n5"] and "n2, n5 are left out" in capsys.readouterr().err
+    assert left_out(Request(script, "sft", None, ("--exclude=n1",), ()), run) == [] and "not left out" in capsys.readouterr().err
+    assert sbatch(request, run / "logs", dict(os.environ), left_out(request, run)) == "41"
+    expected = f"sbatch --parsable --output={run}/logs/%x-%j.log --exclude=n2,n5 --time=5 {script}"
+    assert (slurm / "said").read_text() == expected + "\n", "keys are in the frozen configuration"
+    with pytest.raises(SetupError, match="--time=5.*invalid partition"):
+        sbatch(request, run / "logs", dict(os.environ) | {"FAKE_REFUSAL": "sbatch: error: invalid partition"})
+
+
+def test_attempts_ends_are_lines_of_the_diary(tmp_path):
+    failed(tmp_path, "7-0-1")
+    begun, ended = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (begun["event"], begun["attempt"], begun["checkpoint"]) == ("attempt", "7-0-1", 0)
+    assert (ended["event"], ended["outcome"], ended["exit_code"]) == ("outcome", "retry", 137)
