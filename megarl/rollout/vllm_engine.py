@@ -84,6 +84,7 @@ class VllmEngine:
     def _write_config(self, folder: Path) -> None:
         architecture = FAMILIES[self.spec.family].architectures[0]  # with a vocabulary head, whatever the directory was
         stated = {"architectures": [architecture], "tie_word_embeddings": self.spec.tied, "vocab_size": self.spec.vocab_size}
+        stated["eos_token_id"] = None  # vLLM would bar it from the first `min_tokens`, whether it ends a response here or not
         (folder / "config.json").write_text(json.dumps(self.spec.hf_config | stated))
 
     def _arguments(self, rollout: RolloutConfig, precision: str) -> dict:

@@ -14,7 +14,7 @@ from megarl.records import Trajectory
 from tests.course.test_ppo import Wanted, ppo_run, read_metrics
 from tests.ranks import run_ranks
 
-PROMPTS, SAMPLES = 8, 2
+PROMPTS, SAMPLES, TEXT = 8, 2, 9
 ROLLOUT = {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_response_tokens": 6, "kv_cache_bytes": 8 << 20}
 
 
@@ -87,6 +87,9 @@ def data(tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("sampling")
     make_data(root / "data", seed=0)
+    config = root / "data" / "model" / "config.json"
+    ends = {"eos_token_id": [1, TEXT]}  # the second is text to the tokenizer: it ends nothing, and is never barred
+    config.write_text(json.dumps(json.loads(config.read_text()) | ends))
     return root
 
 
@@ -183,6 +186,7 @@ def test_the_learner_leaves_out_the_ends_that_the_sampler_could_not_choose(data)
         responses = [sample for step in steps for _, group in step for sample in group]
         ended = [sample[1] for sample in responses if sample[2] == "stop"]
         assert ended and all(len(tokens) > 3 and not set(tokens[:3]) & {1, 3, 4, 5, 6, 7} for tokens in ended), name
+        assert any(TEXT in sample[1][:3] for sample in responses), name
         lines = read_metrics(data, name)
         assert max(line["rollout/logprob_gap_max"] for line in lines) < 1e-3, name
         # Equal weights speak alike at first, of what could be chosen alone.
