@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.config import PpoRun, Run, TrainedModelConfig
+from megarl.config import PpoRun, Run, SampleRun, TrainedModelConfig
 from megarl.metrics import Largest, Metric, Metrics
 from megarl.models.build import build_model
 from megarl.models.freezing import freeze_lowest
@@ -186,10 +186,13 @@ class Reference:
     distributions over the same tokens.
     """
 
-    def __init__(self, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: TensorSource, end_ids: tuple[int, ...] = ()):
+    def __init__(
+        self, spec: ModelSpec, run: PpoRun | SampleRun, layout: ParallelLayout, source: TensorSource, end_ids: tuple[int, ...] = ()
+    ):
         self.spec, self.layout = spec, layout
         self.replica, self.pieces = build_frozen(spec, "actor", run, layout, source)
-        self.movables = {"weights": Movable(self.replica.weights, "constant" if run.ppo.reference_refresh is None else "changing")}
+        is_refreshed = isinstance(run, PpoRun) and run.ppo.reference_refresh is not None
+        self.movables = {"weights": Movable(self.replica.weights, "changing" if is_refreshed else "constant")}
         self._head = LogprobHead(run.parallel.logits_bytes, run.rollout.temperature, "response_mask", end_ids=end_ids)
 
     def logprobs(self, batch: RolloutBatch) -> Tensor:
