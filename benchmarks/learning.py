@@ -5,7 +5,8 @@
 For each seed: the quickstart's data, its SFT lesson (whose demonstrations forget carries: the model starts near a third right) and its
 reward model, once. Then each algorithm, from that SFT model, on one rank: `STEPS` steps of 64 prompts x 8 samples with the exact answer as
 the only reward; accuracy is greedy, on the 1,000 held-out problems, before the first and after the last step. Critics start from the
-reward model. Every run is the command a user types. `--quick` takes one seed and a third of the steps.
+reward model. Every run is the command a user types. `--quick` takes one seed and a third of the steps. A second table tells the same of
+the lessons on files (`benchmarks.learning_lessons`).
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import learning_lessons
 from benchmarks.table import main
 from megarl.config_file import to_yaml
 from megarl.quickstart.course import Course, Layout
@@ -104,18 +106,24 @@ def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, 
 
 
 def measure(quick: bool, seeds: int, only: str | None, keep: Path | None) -> Mapping[str, Any]:
-    """Rows of all algorithms."""
-    names = list(ALGORITHMS) if only is None else [name for name in ALGORITHMS if name in only.split(",")]
+    """Rows of all algorithms and lessons."""
+    names, lessons = (
+        [name for name in known if only is None or name in only.split(",")] for known in (ALGORITHMS, learning_lessons.LESSONS)
+    )
     steps, seeds = (STEPS // 3, 1) if quick else (STEPS, seeds)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="megarl-learning-") as scratch:
-        for seed in range(seeds):
+        for seed in range(seeds if names else 0):
             out = (keep or Path(scratch)) / f"seed-{seed}"
             start(out, seed)
             for name in names:
                 found[name].append(learn(out, seed, name, steps))
                 print(f"seed {seed}, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
-    return {f"Held-out accuracy before and after {steps} steps, {seeds} seeds": table(found)}
+    tables = {f"Held-out accuracy before and after {steps} steps, {seeds} seeds": table(found)} if names else {}
+    if lessons:
+        rows = learning_lessons.rows(range(seeds), quick, lessons, keep)
+        tables[f"Lessons on files: held-out pairs and accuracy before and after, {seeds} seeds"] = learning_lessons.summary(rows)
+    return tables
 
 
 if __name__ == "__main__":
@@ -125,7 +133,7 @@ if __name__ == "__main__":
         measure,
         {
             "seeds": {"type": int, "default": 3, "help": "runs an algorithm [3]"},
-            "only": {"help": f"algorithms by name, commas between them [all: {', '.join(ALGORITHMS)}]"},
+            "only": {"help": f"by name, commas between them [all: {', '.join([*ALGORITHMS, *learning_lessons.LESSONS])}]"},
             "keep": {"type": Path, "help": "keep runs here, and do not repeat those that are here to their end"},
         },
     )

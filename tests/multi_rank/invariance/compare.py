@@ -9,7 +9,7 @@ from torch import Tensor
 from megarl.metrics import Metrics
 from megarl.models.family import spec_from_hf_config
 from tests.multi_rank.invariance.layouts import Layout
-from tests.multi_rank.invariance.reference import LEARNERS, ROLES, SEEDS, computed_for
+from tests.multi_rank.invariance.reference import ROLES, SEEDS, computed_for
 from tests.multi_rank.role_cases import rows_of, weights
 from tests.ranks import run_ranks
 
@@ -80,7 +80,7 @@ def _sizes(layout: Layout, found: Results, expected: Results) -> Iterator[tuple[
     for name in expected[0]["answers"]:
         whole, right = (rows_of(_within(results, "answers"), name) for results in (found, expected))
         yield name, name, _relative(whole, right)
-    for job in LEARNERS:
+    for job in layout.learners:
         for when in ("first", "second"):
             metrics, right = (_total(results, job, when) for results in (found, expected))
             assert metrics.keys() == right.keys()

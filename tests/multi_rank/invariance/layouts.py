@@ -50,6 +50,10 @@ SHORT = {
 }
 
 
+ONLINE = ("actor", "critic", "sft", "reward")  # who learns under a layout, unless it says otherwise
+PREFERENCES = ("dpo", "ipo", "rrhf", "reward with margins", "reward over tokens")
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to compute the same: `ranks`, and the keys of `parallel` that differ from their defaults."""
@@ -59,11 +63,12 @@ class Layout:
     parallel: dict = field(default_factory=dict)
     layers: int = 3
     ppo: dict = field(default_factory=dict)
+    learners: tuple[str, ...] = ONLINE
 
     @property
     def reference(self) -> "Layout":
         """The same work on one rank, all sequences side by side in one microbatch."""
-        return Layout(self.family, 1, layers=self.layers, ppo=self.ppo)
+        return Layout(self.family, 1, layers=self.layers, ppo=self.ppo, learners=self.learners)
 
     @property
     def hf_config(self) -> dict:
@@ -81,15 +86,18 @@ class Layout:
         words += ["whole optimizer"] if self.parallel.get("distributed_optimizer") is False else []
         words += [self.ppo["aggregation"]] if "aggregation" in self.ppo else []
         words += [f"{self.layers} layers"] if self.layers != 3 else []
+        words += ["preferences"] if self.learners == PREFERENCES else []
         return " ".join(words) or "one microbatch"
 
     def __str__(self) -> str:
         return f"{self.family}, {self.ranks} rank{'s' * (self.ranks > 1)}: {self.way}"
 
 
-def rows(family: str, ranks: int, *parallel: dict, layers: int = 3, ppo: dict | None = None) -> list[Layout]:
+def rows(
+    family: str, ranks: int, *parallel: dict, layers: int = 3, ppo: dict | None = None, learners: tuple[str, ...] = ONLINE
+) -> list[Layout]:
     """One family on so many ranks in several ways."""
-    return [Layout(family, ranks, keys, layers, ppo or {}) for keys in parallel]
+    return [Layout(family, ranks, keys, layers, ppo or {}, learners) for keys in parallel]
 
 
 SEQUENCE_MEAN = {"aggregation": "sequence_mean"}
@@ -104,6 +112,7 @@ CI = [
     *rows("gemma3", 1, {"max_tokens_per_microbatch": 32}),
     *rows("gemma3", 2, {"context": 2, "microbatch_size": 3}),
     *rows("mixtral", 2, {"expert": 2, "microbatch_size": 2}),
+    *rows("llama", 2, {"microbatch_size": 4}, SP2, {"pipeline": 2, "max_tokens_per_microbatch": 64}, learners=PREFERENCES),
 ]
 # Combinations on four ranks, which with the above make the short list.
 FOUR = [
@@ -213,6 +222,24 @@ _MIXTURE_ON_EIGHT = [
 ]
 _DEEP_MIXTURE_ON_FOUR = [{"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "microbatch_size": 2}]
 
+# A list of four sequences has up to 52 tokens.
+_PREFERENCES_ON_ONE = [{"microbatch_size": 4}, {"max_tokens_per_microbatch": 64, "recompute": "full"} | SMALL_LOGITS]
+_PREFERENCES_ON_TWO = [
+    {"microbatch_size": 4},
+    {"max_tokens_per_microbatch": 64},
+    {"tensor": 2},
+    SP2 | {"max_tokens_per_microbatch": 64},
+    {"pipeline": 2, "microbatch_size": 4, "head": "last_stage"} | SMALL_LOGITS,
+    {"pipeline": 2, "microbatch_size": 4, "head": "sharded"} | SMALL_LOGITS,
+    {"pipeline": 2, "max_tokens_per_microbatch": 64},
+    {"context": 2, "microbatch_size": 4},
+]
+_PREFERENCES_ON_FOUR = [
+    SP2 | {"pipeline": 2, "microbatch_size": 8, "head": "sharded"},
+    {"pipeline": 2, "max_tokens_per_microbatch": 64},
+    {"pipeline": 2, "context": 2, "max_tokens_per_microbatch": 64},
+]
+
 NIGHTLY = [
     *(row for family in DENSE for row in rows(family, 1, *_DENSE_ON_ONE)),
     *(row for family in DENSE for row in rows(family, 2, *_DENSE_ON_TWO)),
@@ -234,4 +261,9 @@ NIGHTLY = [
     *(row for family in MIXTURES for row in rows(family, 4, *_DEEP_MIXTURE_ON_FOUR, layers=4)),
     *(row for family in MIXTURES for row in rows(family, 8, *_MIXTURE_ON_EIGHT)),
     *rows("qwen3-moe", 8, SP2 | {"expert": 8, "microbatch_size": 2}),
+    *rows("llama", 1, *_PREFERENCES_ON_ONE, learners=PREFERENCES),
+    *rows("llama", 2, *_PREFERENCES_ON_TWO, learners=PREFERENCES),
+    *rows("llama", 4, *_PREFERENCES_ON_FOUR, learners=PREFERENCES),
+    *rows("qwen3 tied", 2, {"pipeline": 2, "microbatch_size": 4}, learners=PREFERENCES),
+    *rows("mixtral", 2, {"expert": 2, "microbatch_size": 4}, learners=PREFERENCES),
 ]

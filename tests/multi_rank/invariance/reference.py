@@ -22,18 +22,22 @@ from megarl.metrics import Metrics
 from megarl.models.family import spec_from_hf_config
 from megarl.models.learner import Learner
 from megarl.models.pieces import load_pieces
+from megarl.models.spec import ModelSpec
 from megarl.models.token_stats import LogprobHead, PolicyHead, ScoreHead
 from megarl.parallel import groups
+from megarl.parallel.layout import ParallelLayout
 from megarl.ppo.credit import assign_credit
-from megarl.ppo.roles import Actor, Critic, Reference, RewardModel, build_learner
+from megarl.ppo.roles import Actor, Critic, Reference, RewardModel, build_frozen, build_learner
 from megarl.records import DemonstrationBatch, PreferenceBatch, RolloutBatch
-from tests.multi_rank.invariance.layouts import MIXTURES, VOCAB, Layout
+from tests.multi_rank.invariance.layouts import MIXTURES, PREFERENCES, VOCAB, Layout
+from tests.multi_rank.invariance.preferences import MAKE_LESSON, examples_for
 from tests.multi_rank.role_cases import DictSource, updated_weights, weights
 
 NUM_ROWS, NUM_TOKENS = 8, 13  # eight data ranks have a row each
-SEEDS = {"actor": 1, "critic": 2, "reference": 3, "reward model": 4, "sft": 5, "reward": 6}
-ROLES = {"actor": "actor", "critic": "critic", "reference": "actor", "reward model": "critic", "sft": "actor", "reward": "critic"}
-LEARNERS = ("actor", "critic", "sft", "reward")
+SEEDS = {"actor": 1, "critic": 2, "reference": 3, "reward model": 4, "sft": 5, "reward": 6} | {
+    name: 7 + number for number, name in enumerate(PREFERENCES)
+}
+ROLES = {name: "critic" if name.startswith(("critic", "reward")) else "actor" for name in SEEDS}
 GRADIENT_LR = 1000.0
 
 
@@ -91,7 +95,7 @@ def make_run(layout: Layout) -> PpoRun:
             "output_dir": "out",
             "tokenizer": "tokenizer",
             "precision": "fp32",
-            "parallel": {"microbatch_size": 2 * NUM_ROWS} | layout.parallel,  # a pair is two sequences
+            "parallel": {"microbatch_size": 4 * NUM_ROWS} | layout.parallel,  # a pair is two sequences, a list up to four
             "actor": model,
             "critic": model,
             "rewards": [{"kind": "exact"}],
@@ -110,7 +114,7 @@ def computed(case: Layout) -> dict:
     source = {name: DictSource(weights(spec, ROLES[name], seed)) for name, seed in SEEDS.items()}
     given, share = make_given(), NUM_ROWS // layout.data
     mine = slice(layout.dp_rank * share, (layout.dp_rank + 1) * share)
-    rollout, drift, preferences = given.rollout.rows(mine), given.drift[mine], given.preferences.rows(mine)
+    rollout, drift = given.rollout.rows(mine), given.drift[mine]
 
     actor, critic = Actor(spec, run, layout, source["actor"]), Critic(spec, run, layout, source["critic"])
     entropy_head = EntropyHead(run.parallel.logits_bytes, run.rollout.temperature, "response_mask")
@@ -124,24 +128,37 @@ def computed(case: Layout) -> dict:
     old, ref = answers["log-probs"] + drift, answers["reference log-probs"]
     experience = assign_credit(rollout, old, ref, answers["values"] + drift, run.ppo, 0.05, layout)
     answers |= {"advantages": experience.advantages, "returns": experience.returns}
-    learned = {
-        "actor": taught(actor.learner, actor.pieces, source["actor"], lambda: actor.update(experience)),
-        "critic": taught(critic.learner, critic.pieces, source["critic"], lambda: critic.update(experience)),
+    students = {
+        "actor": (actor.learner, actor.pieces, lambda: actor.update(experience)),
+        "critic": (critic.learner, critic.pieces, lambda: critic.update(experience)),
     }
-    demonstrations = DemonstrationBatch(rollout.token_ids, rollout.lengths, rollout.response_mask)
-    imitation = LogprobHead(run.parallel.logits_bytes, mask_field="loss_mask")
-    tokens = float(given.rollout.response_mask.sum())
-    for name, batch, head, loss, denominator in (
-        ("sft", demonstrations, imitation, imitation_loss, tokens),
-        ("reward", preferences, ScoreHead(), comparison_loss, float(NUM_ROWS)),
-    ):
-        learner, pieces = build_learner(spec, ROLES[name], run.actor, run, layout, source[name], total_steps=10)
-        step = partial(learner.step, batch, head, partial(loss, denominator=denominator))
-        learned[name] = taught(learner, pieces, source[name], step)
+    for name in case.learners:
+        if name not in students:
+            students[name] = lesson_student(name, given, mine, spec, run, layout, source)
+    learned = {name: taught(*students[name], source[name]) for name in case.learners}
     return {"dp_rank": layout.dp_rank, "answers": answers, "learned": learned}
 
 
-def taught(learner: Learner, pieces: list, source: DictSource, step: Callable[[], Metrics]) -> dict:
+def lesson_student(
+    name: str, given: Given, mine: slice, spec: ModelSpec, run: PpoRun, layout: ParallelLayout, source: dict[str, DictSource]
+) -> tuple[Learner, list, Callable[[], Metrics]]:
+    """The model that learns in a lesson, its pieces, and a step of it on this replica's rows `mine`. Called by every rank."""
+    learner, pieces = build_learner(spec, ROLES[name], run.actor, run, layout, source[name], total_steps=10)
+    if name == "sft":
+        rollout = given.rollout.rows(mine)
+        batch = DemonstrationBatch(rollout.token_ids, rollout.lengths, rollout.response_mask)
+        head, denominator = LogprobHead(run.parallel.logits_bytes, mask_field="loss_mask"), float(given.rollout.response_mask.sum())
+        loss = partial(imitation_loss, denominator=denominator)
+    elif name == "reward":
+        batch, head, loss = given.preferences.rows(mine), ScoreHead(), partial(comparison_loss, denominator=float(NUM_ROWS))
+    else:
+        lesson = MAKE_LESSON[name](run, lambda: build_frozen(spec, "actor", run, layout, source["reference"])[0])
+        batch = lesson.collate(examples_for(name, NUM_ROWS)[mine])
+        head, loss = lesson.head, lesson.loss_function(float(NUM_ROWS))
+    return learner, pieces, lambda: learner.step(batch, head, loss)
+
+
+def taught(learner: Learner, pieces: list, step: Callable[[], Metrics], source: DictSource) -> dict:
     """The metrics of a step and its gradient; then, from the same start again, the weights after two steps and the second's metrics."""
     optimizer = [(piece.view, piece.view.clone()) for held in learner.optimizer_pieces(pieces).values() for piece in held]
     counts, settings = learner.counts(), learner.config
