@@ -10,7 +10,8 @@ from megarl.checkpoint.sources import open_weights
 from megarl.config import ParallelConfig
 from megarl.config.run import Run
 from megarl.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, ConfigError
+from megarl.models.spec import ModelSpec
 from megarl.parallel import collectives, groups
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.torchrun import rank_from_environment
@@ -75,7 +76,7 @@ def load(
     together = partial(collectives.together, group=groups.group(layout, "world"))
     spec, source = together(lambda: open_weights(path, "reward"))
     texts = together(lambda: load_tokenizer(tokenizer or own_tokenizer(path)))
-    together(lambda: check_texts(texts, spec.vocab_size, path, chat_template))
+    together(lambda: check_texts(texts, spec, path, max_tokens, chat_template))
     run = Run(output_dir=path, tokenizer=texts.path, precision=precision, parallel=parallel)  # nothing is written there
     model = RewardModel(spec, run, layout, source)
     return ServedModel(Texts(texts, max_tokens or spec.max_positions, chat_template), SequenceScores(model, texts.pad_id), layout)
@@ -94,8 +95,10 @@ def own_tokenizer(path: Path) -> Path:
     return checkpoint / "tokenizer"
 
 
-def check_texts(tokenizer: Tokenizer, vocab_size: int, path: Path, chat_template: bool) -> None:
-    """Raise `DataError` where the tokenizer is another model's, or has no chat template that is wanted."""
-    check_vocabulary(tokenizer, vocab_size, path, "PATH")
+def check_texts(tokenizer: Tokenizer, spec: ModelSpec, path: Path, max_tokens: int | None, chat_template: bool) -> None:
+    """Raise `DataError` where the tokenizer is another model's or lacks a template, `ConfigError` for texts the model cannot read."""
+    check_vocabulary(tokenizer, spec.vocab_size, path, "PATH")
+    if max_tokens is not None and max_tokens > spec.max_positions:
+        raise ConfigError(f"--max-tokens: found {max_tokens}; expected at most {spec.max_positions}, the positions of {path}")
     if chat_template:
         tokenizer.render_chat([{"role": "user", "content": "?"}], add_generation_prompt=True)

@@ -182,6 +182,7 @@ def test_mistakes_about_the_model_are_one_line(model, tmp_path):
         ((language_model,), 2, "holds no score.weight; expected a trained reward model"),
         ((bare,), 65, "holds no tokenizer.json"),
         ((template, "--chat-template"), 65, "no chat_template"),
+        ((template, "--max-tokens", "65"), 78, "--max-tokens: found 65; expected at most 64, the positions of"),
     ):
         with server(*arguments) as running:
             assert running.process.wait(60) == code
