@@ -1,5 +1,6 @@
 """Where a run's time went, from its `events.jsonl`: steps that were kept or done twice, setups, stalls, time to failure. Pure."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -118,9 +119,10 @@ def goodput(events: Sequence[dict[str, Any]]) -> Goodput | None:
     starts = starts_of(events)
     if not starts:
         return None
-    kept_in = {step: index for index, start in enumerate(starts) for step, _ in start.steps}  # the last start that finished it
+    kept = _kept(starts)
+    has_failed = [start.has_failed and (start is not starts[-1] or start.outcome != "") for start in starts]  # the last may go on
     useful = evaluation = stall = setup = lost = 0.0
-    lost_steps = 0
+    steps = lost_steps = 0
     for index, start in enumerate(starts):
         setup += (start.resumed or start.last) - start.began
         if start.resumed is None:
@@ -129,10 +131,11 @@ def goodput(events: Sequence[dict[str, Any]]) -> Goodput | None:
         for step, when in start.steps:
             saved = _of(step - 1, start.saves) if step - 1 > start.first_step else 0.0  # a save follows the end of its step
             examined = _of(step, start.evaluations)
-            if kept_in[step] == index:
+            if step <= kept[index]:
                 useful += when - before - saved - examined
                 evaluation += examined
                 stall += saved
+                steps += 1
             else:
                 lost += when - before
                 lost_steps += 1
@@ -140,7 +143,7 @@ def goodput(events: Sequence[dict[str, Any]]) -> Goodput | None:
         tail, saved = start.last - before, 0.0
         if start.steps:
             saved = min(tail, _of(start.steps[-1][0], start.saves))
-        if start.has_failed:
+        if has_failed[index]:
             lost += tail - saved
         else:
             useful += tail - saved
@@ -159,14 +162,25 @@ def goodput(events: Sequence[dict[str, Any]]) -> Goodput | None:
         setup_s=setup,
         lost_s=lost,
         down_s=down,
-        steps=len(kept_in),
+        steps=steps,
         lost_steps=lost_steps,
         starts=len(starts),
-        failures=sum(start.has_failed for start in starts[:-1]) + (starts[-1].has_failed and starts[-1].outcome != ""),
+        failures=sum(has_failed),
         hangs=sum(start.hang is not None for start in starts),
         stragglers=sum(event["event"] == "straggler" for event in events),
         phases_s=phases,
     )
+
+
+def _kept(starts: Sequence[Start]) -> list[float]:
+    """For each start the last step whose result counts: later ones are done again since a later start continued from before them."""
+    found: list[float] = []
+    bound = math.inf
+    for start in reversed(starts):
+        found.append(bound)
+        if start.resumed is not None:
+            bound = min(bound, start.first_step)
+    return found[::-1]
 
 
 def _of(step: int, seconds: Iterable[tuple[int, float]]) -> float:

@@ -43,7 +43,7 @@ class Assumptions:
 
     reserved_bytes: int = 2 * GIB  # CUDA context, cuBLAS and NCCL buffers of a process
     fragmentation: float = 0.04  # of what a phase holds, lost between blocks of torch's allocator
-    learning_efficiency: float = 0.50  # of the GPU's bf16 rate while a stage multiplies, forward and backward
+    learning_efficiency: float = 0.40  # of the GPU's bf16 rate while a stage multiplies (Megatron-LM tells 0.41 to 0.47 of pre-training)
     prefill_efficiency: float = 0.50  # the same of the sampler reading prompts
     decode_efficiency: float = 0.60  # of the memory bandwidth while the sampler writes tokens
     link_efficiency: float = 0.75  # of NVLink, PCIe and network

@@ -47,6 +47,16 @@ def test_a_run_that_still_goes_on_has_not_failed():
     assert goodput([]) is None and goodput([at(0, "attempt")]) is None
 
 
+def test_steps_are_lost_when_a_later_start_begins_before_them_not_when_it_has_done_them_again():
+    found = goodput([*lesson()[:-6], at(90, "phase", name="learn", step=3, seconds=8.0)])  # the second start works on step 3
+    assert (found.steps, found.lost_steps) == (2, 1) and found.useful_s == 20 + 8
+    again = [at(200, "start"), at(210, "continue", step=0), at(215, "step", step=1)]  # a third one found no checkpoint
+    found = goodput([*lesson()[:-2], *again])
+    assert (found.steps, found.lost_steps, found.useful_s) == (1, 6, 5)
+    parts = (found.useful_s, found.evaluation_s, found.checkpoint_s, found.setup_s, found.lost_s, found.down_s)
+    assert sum(parts) == pytest.approx(found.wall_s)
+
+
 def test_hangs_and_stragglers_are_counted():
     events = [*lesson()[:7], at(60, "hang", rank=1), *lesson()[7:]]
     found = goodput(events + [at(120, "straggler", rank=1)])
