@@ -128,8 +128,9 @@ def test_groups_without_signal_are_refilled_and_the_position_stays_exact(data):
 
 @pytest.mark.slow
 def test_partial_responses_go_on_with_newer_weights_and_a_resumed_run_knows_them(data):
-    partial = {"max_response_tokens": 6, "partial": {"chunk_tokens": 2, "oversample": 1.5}, "stop_token_ids": [3, 4, 6]}
-    straight = sampling_run(data, "partial", steps=6, **partial).model_copy(update={"checkpoint": CheckpointConfig(every_steps=3)})
+    # so many ends that enough groups are complete before the longest responses are
+    chunks = {"partial": {"chunk_tokens": 2, "oversample": 2.0}, "stop_token_ids": [3, 4, 6, 7, 8, 10]}
+    straight = sampling_run(data, "partial", steps=6, **chunks).model_copy(update={"checkpoint": CheckpointConfig(every_steps=3)})
     told = run_ranks(run_recorded, 2, [straight])
     responses = [sample for step in range(6) for group in learned(told, 0, step) for sample in group]
     mixed = [sample for sample in responses if len(sample[3]) > 1]
@@ -180,9 +181,9 @@ def test_the_learner_leaves_out_the_ends_that_the_sampler_could_not_choose(data)
     in_loss = {"kl": {"coef": 0.1, "place": "loss", "estimator": "k3"}, "entropy_coef": 0.01}
     runs = [sampling_run(data, name, steps=2, **BARRED, **layout) for name, layout in layouts.items()]
     runs = [run.model_copy(update={"ppo": run.ppo.model_validate(run.ppo.model_dump() | in_loss)}) for run in runs]
-    told = run_ranks(run_recorded, 2, runs, timeout_s=500)
-    for number, name in enumerate(layouts):
-        steps = [step for rank in told for step in rank[number]["steps"]]
+    for name, run in zip(layouts, runs, strict=True):
+        told = run_ranks(run_recorded, 2, [run])  # a process has one vLLM layout
+        steps = [step for rank in told for step in rank[0]["steps"]]
         responses = [sample for step in steps for _, group in step for sample in group]
         ended = [sample[1] for sample in responses if sample[2] == "stop"]
         assert ended and all(len(tokens) > 3 and not set(tokens[:3]) & {1, 3, 4, 5, 6, 7} for tokens in ended), name
