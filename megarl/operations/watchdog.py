@@ -25,6 +25,7 @@ from megarl.operations.events import NAME, EventLog
 from megarl.operations.verdict import Limits, Suspect, stragglers, suspects
 
 LOOK_S = 1.0
+GAP_S = 5.0  # between two looks: more, and this process stood still itself, as when a whole job is suspended
 TELL_S = 5.0  # between two notes to the other monitors
 OTHERS_FIRST_S = 5.0  # a host whose ranks all wait lets the host of the guilty one speak first
 WINDOW_STEPS = 3  # stragglers are looked for every so many steps
@@ -45,12 +46,17 @@ class Watch:
     run: Path | None = None
     before: dict[str, float] = field(default_factory=dict)  # longest phases of earlier starts
     told: float = 0.0
+    looked: float = 0.0
+    awake_since: float = 0.0  # when this monitor last stood still: what the ranks did before says nothing of them
     hang: bool = False
     _marks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank: (step, busy seconds) where the window began
     _named: dict[int, int] = field(default_factory=dict)  # straggler: the step it was named in
 
-    def look(self) -> None:
+    def look(self, now: float) -> None:
         """Read the heartbeats; the first one says where the run's folder is."""
+        if now - self.looked > GAP_S:
+            self.awake_since = now
+        self.looked = now
         for path in self.folder.glob("rank-*.json"):
             record = heartbeat.read(path)
             if record is None:
@@ -69,7 +75,7 @@ class Watch:
         """Ranks over their phase's limit, with the limit."""
         records = list(self.records.values())
         found = [(record, self.limits.of(record["phase"], records, self.before)) for record in self.running()]
-        return [(record, limit) for record, limit in found if now - record["since"] > limit]
+        return [(record, limit) for record, limit in found if now - max(record["since"], self.awake_since) > limit]
 
     # ---------------------------------------------------------------- a hang
     def report(self, now: float, limit: float) -> list[Suspect]:
@@ -165,7 +171,7 @@ def watch(state: Watch, parent: int) -> Iterator[float]:
     """Look once a second until the launcher is gone or a hang was dealt with; yields the time of each look."""
     while os.getppid() == parent and not state.hang:
         now = time.monotonic()
-        state.look()
+        state.look(now)
         late = state.overdue(now)
         if late:
             _deal_with(state, late, now)
@@ -236,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError:  # the folder is gone: so is the launcher
         pass
     if os.getppid() != parsed.parent:  # the launcher was killed: nobody else would end its ranks, and another start may follow
-        state.look()
+        state.look(time.monotonic())
         state.kill()
         shutil.rmtree(parsed.folder, ignore_errors=True)
     return 0

@@ -74,6 +74,10 @@ class Peer:
         elif message["id"] in self.on_news:
             self.on_news[message["id"]](message["news"])
 
+    def give_up(self, waited_s: float) -> None:
+        """Whoever waits for an answer is told that it did not come."""
+        self._fault = self._fault or RolloutError(f"{self.name} did not answer within {waited_s:g} s")
+
     @contextlib.contextmanager
     def _explained(self):
         try:
@@ -112,7 +116,8 @@ class Generators:
 def wait_for(questions: Sequence[tuple[Peer, int]], timeout_s: float) -> list[dict[str, Any]]:
     """The answers, in order. Raises the first failure, having heard the others out."""
     deadline, answers, fault = time.monotonic() + timeout_s, [], None
-    _hear(questions, deadline)
+    for peer in _hear(questions, deadline):
+        peer.give_up(timeout_s)
     for peer, number in questions:
         try:
             answers.append(peer.answer(number, 1.0 if fault else max(0.01, deadline - time.monotonic())))
@@ -123,17 +128,21 @@ def wait_for(questions: Sequence[tuple[Peer, int]], timeout_s: float) -> list[di
     return answers
 
 
-def _hear(questions: Sequence[tuple[Peer, int]], deadline: float) -> None:
-    """Take messages as they come, so that nobody's news wait behind the answer of another; until all have answered, or one fails."""
+def _hear(questions: Sequence[tuple[Peer, int]], deadline: float) -> list[Peer]:
+    """Take messages as they come, so that nobody's news wait behind the answer of another; until all have answered, or one fails.
+
+    Returns those that have not answered in time.
+    """
     while waiting := dict.fromkeys(peer for peer, number in questions if not peer.has_answer(number)):
         ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))
         for peer in ready:
             try:
                 peer.take(max(0.01, deadline - time.monotonic()))
             except MegarlError:
-                return
+                return []
         if not ready:
-            return
+            return list(waiting)
+    return []
 
 
 def start_here(first_replica: int, devices: Sequence[tuple[int, ...]]) -> Generators:

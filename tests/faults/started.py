@@ -21,6 +21,7 @@ from megarl.operations.events import read_events
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"MEGARL_HANG_FLOOR": "4", "MEGARL_HANG_FACTOR": "4", "MEGARL_HANG_FIRST": "90"}
+PATIENT = {"MEGARL_HANG_FLOOR": "30", "MEGARL_HANG_FIRST": "300"}  # vLLM's start takes a while where cores are shared
 
 
 @dataclass
@@ -58,6 +59,10 @@ class Started:
                     return {record["rank"]: record for record in found if record}
         return {}
 
+    def launcher(self) -> int | None:
+        """The process that started the ranks, None between two attempts."""
+        return next((pid for pid in self.descendants() if "megarl.launcher" in command_of(pid)), None)
+
     def descendants(self) -> list[int]:
         """Every process of this run but the script itself."""
         return _descendants(self.process.pid)
@@ -70,6 +75,10 @@ class Started:
     def metrics(self) -> list[dict]:
         """Every whole line of the metrics file."""
         return [json.loads(line) for line in (self.run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+
+    def reports(self) -> list[dict]:
+        """The metrics without what a clock says."""
+        return [{name: value for name, value in line.items() if "seconds" not in name and "per_s" not in name} for line in self.metrics()]
 
     def events(self, kind: str) -> list[dict]:
         return [event for event in read_events(self.run) if event["event"] == kind]
@@ -127,10 +136,27 @@ def started(stage: str, config: Path, run: Path, ranks: int = 2, script: str = "
         listener.join(5)
 
 
+def once(marker: Path, *faults: str) -> dict[str, str]:
+    """The environment of faults that strike once each."""
+    return {"MEGARL_FAULT": ",".join(faults), "MEGARL_ALLOW_FAULTS": "1", "MEGARL_FAULT_ONCE": str(marker)}
+
+
 def write_config(path: Path, settings: dict) -> Path:
     """A run's keys as the YAML file a user would have."""
     path.write_text(yaml.safe_dump(json.loads(json.dumps(settings, default=str))))
     return path
+
+
+def ppo_config(root: Path, name: str, steps: int, **changes: Any) -> tuple[Path, Path]:
+    """PPO on the quickstart's prompts, with vLLM and a checkpoint after every step: its file and its folder."""
+    from megarl.quickstart.make_data import make_data
+    from tests.course.test_ppo import ppo_run
+
+    if not (root / "data").exists():
+        make_data(root / "data", seed=0)
+    keys = {"ppo": {"total_steps": steps, "minibatch_size": 16, "kl": {"coef": 0.01}}, "eval": None, "checkpoint": {"every_steps": 1}}
+    run = ppo_run(root, name, **keys | changes)
+    return write_config(root / f"{name}.yaml", run.model_dump(mode="json")), root / name
 
 
 def last_hashes(run: Path) -> dict[str, Any]:

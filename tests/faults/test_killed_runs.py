@@ -3,26 +3,37 @@
 The fault strikes once (`MEGARL_FAULT_ONCE`); `launch/attempts.sh` does the rest, as for a user.
 """
 
+import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from megarl.operations.events import read_events
+from megarl.operations.faults import struck
 from megarl.operations.goodput import goodput
 from tests.course.lesson_files import settings, write_files
-from tests.faults.started import QUICK, Started, command_of, environment_of, last_hashes, listening, started, write_config
+from tests.faults.started import (
+    PATIENT,
+    QUICK,
+    Started,
+    command_of,
+    environment_of,
+    last_hashes,
+    listening,
+    once,
+    ppo_config,
+    started,
+    write_config,
+)
 
 STEPS, EVERY = 8, 2
 CANARY = "7b1f5e0c9a"
 SECRETS = ("MEGARL_REWARD_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY")
-
-
-def struck(phase: str, rank: int, iteration: int, action: str, marker: Path) -> dict[str, str]:
-    """The environment of a fault that strikes once."""
-    return {"MEGARL_FAULT": f"{phase}:{rank}:{iteration}:{action}", "MEGARL_ALLOW_FAULTS": "1", "MEGARL_FAULT_ONCE": str(marker)}
 
 
 @dataclass(frozen=True)
@@ -54,13 +65,12 @@ class Lessons:
         return write_config(self.root / f"{name}.yaml", keys), self.root / name
 
 
-def seconds_until(run: Started, marker: Path) -> tuple[float, float]:
+def seconds_until(run: Started, struck_at: float) -> tuple[float, float]:
     """(from the fault to the attempt's end, from the fault to the first step after it)."""
-    at = marker.stat().st_mtime
-    failed = next((when for when, line in zip(run.wall_times, run.said) if "failed (exit code" in line), None)
-    again = next((event["time"] for event in run.events("step") if event["time"] > at + 0.5), None)
+    failed = next((when for when, line in zip(run.wall_times, run.said) if when > struck_at and "failed (exit code" in line), None)
+    again = next((event["time"] for event in run.events("step") if failed is not None and event["time"] > failed), None)
     assert failed is not None and again is not None, run.text()
-    return failed - at, again - at
+    return failed - struck_at, again - struck_at
 
 
 def check(lessons: Lessons, phase: str, rank: int, iteration: int, action: str = "kill") -> None:
@@ -70,11 +80,13 @@ def check(lessons: Lessons, phase: str, rank: int, iteration: int, action: str =
     if phase == "load":
         shutil.copytree(lessons.peaceful / "checkpoints", output / "checkpoints", ignore=lambda _, names: [n for n in names if "8" in n])
         shutil.copy(lessons.peaceful / "metrics.jsonl", output)
-    with started("sft", config, output, lessons.ranks, script="attempts", **QUICK | struck(phase, rank, iteration, action, marker)) as run:
+    with started(
+        "sft", config, output, lessons.ranks, script="attempts", **QUICK | once(marker, f"{phase}:{rank}:{iteration}:{action}")
+    ) as run:
         code = run.wait(150)
         print(run.text())
         assert code == 0 and marker.exists(), run.text()
-        detected, again = seconds_until(run, marker)
+        detected, again = seconds_until(run, *struck(marker).values())
     assert last_hashes(output) == lessons.hashes
     steps = [line["step"] for line in run.metrics()]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
@@ -93,14 +105,12 @@ def stopped(lessons) -> Stopped:
     marker = lessons.root / "stopped.struck"
     secrets = {name: f"canary-{number}-{CANARY}" for number, name in enumerate(SECRETS)}
     began = time.monotonic()
-    with started(
-        "sft", config, output, 2, script="attempts", **QUICK | secrets | struck("learn", 1, 5, "stop", marker), HF_HUB_OFFLINE=""
-    ) as run:
+    with started("sft", config, output, 2, script="attempts", **QUICK | secrets | once(marker, "learn:1:5:stop"), HF_HUB_OFFLINE="") as run:
         run.wait_for(marker.exists, what="fault")
         sockets, commands = listening(run.descendants()), [command_of(pid) for pid in run.descendants()]
         offline = {environment_of(record["pid"]).get("HF_HUB_OFFLINE") for record in run.records().values()}
         assert run.wait(150) == 0, run.text()
-        return Stopped(run, sockets, commands, offline, time.monotonic() - began, *seconds_until(run, marker))
+        return Stopped(run, sockets, commands, offline, time.monotonic() - began, *seconds_until(run, *struck(marker).values()))
 
 
 def test_a_stopped_rank_is_found_and_the_run_ends_as_in_peace(lessons, stopped):
@@ -151,52 +161,47 @@ def test_killed_in_any_phase_of_a_lesson(lessons, phase, iteration, rank):
     check(lessons, phase, rank, iteration)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_launcher_that_is_killed_takes_its_ranks_along(lessons):
+    """Ranks without a launcher would go on beside those of the next attempt."""
+    config, output = lessons.config("launcher")
+    marker = lessons.root / "launcher.struck"
+    with started("sft", config, output, 2, script="attempts", **QUICK | once(marker, "learn:1:5:slow")) as run:
+        run.wait_for(marker.exists, what="pause")
+        pids, at = [record["pid"] for record in run.records().values()], time.time()
+        os.kill(run.launcher(), signal.SIGKILL)
+        run.wait_for(lambda: not any(map(command_of, pids)), 20, "end of the ranks")
+        gone_s = time.time() - at
+        assert run.wait(150) == 0, run.text()
+        detected, again = seconds_until(run, at)
+    assert len(pids) == 2 and gone_s < 5 and last_hashes(output) == lessons.hashes
+    print(f"R1: launcher killed: ranks gone after {gone_s:.1f} s, attempt over after {detected:.1f} s, training after {again:.1f} s")
+
+
 # ---------------------------------------------------------------- PPO, with vLLM
-PPO_STEPS = 3
-
-
-class Courses(Lessons):
-    """PPO on the quickstart's prompts, once in peace."""
-
-    def __init__(self, root: Path, ranks: int):
-        from megarl.quickstart.make_data import make_data
-
-        make_data(root / "data", seed=0)
-        self.root, self.ranks = root, ranks
-        config, run = self.config("peace")
-        with started("ppo", config, run, ranks, script="attempts", **QUICK) as peace:
-            assert peace.wait(300) == 0, peace.text()
-        self.hashes, self.peaceful = last_hashes(run), run
-
-    def config(self, name: str) -> tuple[Path, Path]:
-        from tests.course.test_ppo import ppo_run
-
-        keys = ppo_run(
-            self.root,
-            name,
-            ppo={"total_steps": PPO_STEPS, "minibatch_size": 16, "kl": {"coef": 0.01}},
-            eval=None,
-            checkpoint={"every_steps": 1},
-        ).model_dump(mode="json")
-        return write_config(self.root / f"{name}.yaml", keys), self.root / name
-
-
-@pytest.fixture(scope="module")
-def courses(tmp_path_factory) -> Courses:
-    return Courses(tmp_path_factory.mktemp("courses"), 2)
+PPO_FAULTS = [f"{phase}:{rank}:{step}" for step, (phase, rank) in enumerate(product(("publish", "generate", "score", "learn"), (0, 1)), 2)]
+PPO_FAULTS += ["save:0:10", "load:1:0"]
+PPO_STEPS = 11
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", ["publish", "generate", "score", "learn"])
-def test_killed_in_any_phase_of_ppo(courses, phase, rank):
-    name = f"{phase}-{rank}"
-    config, output = courses.config(name)
-    marker = courses.root / f"{name}.struck"
-    with started("ppo", config, output, 2, script="attempts", **QUICK | struck(phase, rank, 2, "kill", marker)) as run:
-        assert run.wait(400) == 0 and marker.exists(), run.text()
-        detected, again = seconds_until(run, marker)
-    assert last_hashes(output) == courses.hashes
-    assert [line["step"] for line in run.metrics()] == list(range(1, PPO_STEPS + 1))
-    print(f"R1: kill of rank {rank} of 2 in {phase} of PPO: attempt over after {detected:.1f} s, training again after {again:.1f} s")
+@pytest.mark.timeout(1500)
+def test_killed_in_every_phase_of_ppo(tmp_path):
+    """One run that is killed in one phase after another, in each by either rank."""
+    config, peaceful = ppo_config(tmp_path, "peace", PPO_STEPS)
+    with started("ppo", config, peaceful, 2, **PATIENT) as peace:
+        assert peace.wait(400) == 0, peace.text()
+    config, output = ppo_config(tmp_path, "killed", PPO_STEPS)
+    marker = tmp_path / "struck"
+    faults = once(marker, *(f"{fault}:kill" for fault in PPO_FAULTS))
+    with started("ppo", config, output, 2, script="attempts", **PATIENT | faults, MEGARL_MAX_FRUITLESS="9") as run:
+        assert run.wait(1200) == 0, run.text()
+    times = struck(marker)
+    assert set(times) == {f"{fault}:kill" for fault in PPO_FAULTS}, run.text()
+    for name, at in times.items():
+        detected, again = seconds_until(run, at)
+        print(f"R1: PPO, {name} of 2 ranks: attempt over after {detected:.1f} s, training again after {again:.1f} s")
+    assert last_hashes(output) == last_hashes(peaceful)
+    assert run.reports() == peace.reports()
+    print(f"R1: {goodput(read_events(output)).to_json()}")

@@ -7,6 +7,7 @@ import signal
 import time
 
 from megarl.metrics.writers import JsonLines
+from megarl.operations.events import EventLog, read_events
 from tests.faults.workshop import forked
 
 SAMPLE = {"text": "caf\u00e9 \u4f60\u597d\u2028next\u0085line \U0001f600", "n": 1.5}
@@ -85,3 +86,26 @@ def test_a_kill_while_the_file_is_rewritten_keeps_the_old_one(tmp_path):
     assert path.read_bytes() == before
     write_steps(path, 4, 4)
     assert [line["step"] for line in lines_of(path)] == [1, 2, 3, 4]
+
+
+def test_events_of_killed_processes_are_whole_and_in_order(tmp_path):
+    """Each start is killed at a random moment; what the file was cut to by a host that lost power as well costs a line at most."""
+    path, rng, told = tmp_path / "events.jsonl", random.Random(0), 0
+    for attempt in range(20):
+        seconds = rng.uniform(0.0, 0.02)
+
+        def run(attempt=attempt, seconds=seconds):
+            log, end = EventLog(path, attempt=str(attempt)), time.monotonic() + seconds
+            for step in range(10**6):
+                log.write("step", step=step, text=SAMPLE["text"])
+                if time.monotonic() > end:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        assert forked(run)[0] == -signal.SIGKILL
+        lost = rng.choice((0, rng.randint(1, 60)))
+        os.truncate(path, path.stat().st_size - lost)
+        events = read_events(tmp_path)
+        last = [event["step"] for event in events if event["attempt"] == str(attempt)]
+        assert last == list(range(len(last))) and all(event["text"] == SAMPLE["text"] for event in events)
+        assert len(events) >= told and len(path.read_bytes().splitlines()) - len(events) <= attempt + 1
+        told = len(events)

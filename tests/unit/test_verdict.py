@@ -1,8 +1,11 @@
 """Whom a hang is blamed on, when a phase is too long, who straggles: from records alone."""
 
+import json
+
 import pytest
 
 from megarl.operations.verdict import Limits, Process, stragglers, suspects
+from megarl.operations.watchdog import Watch
 
 NOW = 1000.0
 LOOP = ["ppo/loop.py:40 train"]
@@ -70,3 +73,16 @@ def test_a_straggler_is_far_from_half_of_the_others_and_not_by_a_little():
     assert stragglers({0: 1.0, 1: 6.0}, 2.5, 0.5) == [1]
     assert stragglers({0: 0.01, 1: 0.2, 2: 0.01}, 2.5, 0.5) == []
     assert stragglers({0: 1.0, 1: 1.5, 2: 2.0}, 2.5, 0.5) == [] and stragglers({0: 5.0}, 2.5, 0.5) == []
+
+
+def test_a_monitor_that_stood_still_itself_starts_its_clock_anew(tmp_path):
+    """As when a whole job is suspended: the time in which nobody ran says nothing of the ranks."""
+    watch = Watch(tmp_path, Limits(floor_s=4, factor=4))
+    (tmp_path / "rank-0.json").write_text(json.dumps(record(0, since=NOW, run=str(tmp_path), longest={"learn": 0.5})))
+
+    def late_at(seconds):
+        watch.look(NOW + seconds)
+        return bool(watch.overdue(NOW + seconds))
+
+    assert [seconds for seconds in range(6) if late_at(seconds)] == [5]
+    assert [seconds for seconds in range(60, 66) if late_at(seconds)] == [65]
