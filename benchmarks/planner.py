@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import table
 from benchmarks.planner_published import ASSUMED, published
-from benchmarks.planner_runs import RANKS, Case, sync, warmed_up
+from benchmarks.planner_runs import RANKS, Case, steps, sync
 from megarl.cross_check import layout_of
 from megarl.planner.batch import largest_microbatch
 from megarl.planner.devices import Assumptions
@@ -43,7 +43,7 @@ def measure(quick: bool, size: str | None) -> dict[str, Any]:
     memory, messages, syncs = [], [], []
     for name in sizes:
         cases = [Case(name, **layout) for layout in LAYOUTS]
-        ranks = run_ranks(warmed_up, RANKS, cases, timeout_s=3000)
+        ranks = run_ranks(steps, RANKS, cases, timeout_s=3000)
         for number, case in enumerate(cases):
             measured = [rank[number] for rank in ranks]
             memory += memory_rows(case, measured)
@@ -73,19 +73,21 @@ def memory_rows(case: Case, measured: Sequence[Mapping[str, Any]]) -> Iterator[d
     plan = plan_memory(run, specs, layout, None, Assumptions())
     for phase in ("scoring", "learning"):
         for stage in range(layout.pipeline):
-            rank = next(number for number in range(RANKS) if layout.at(number).pp_rank == stage)
             resident, peak = planned(plan, phase, stage)
-            found = max(one["peak"][phase] for number, one in enumerate(measured) if layout.at(number).pp_rank == stage)
+            own = [one for number, one in enumerate(measured) if layout.at(number).pp_rank == stage]
+            found, held = max(one["peak"][phase] for one in own), own[0]["resident"][phase]
             yield {
                 "size": case.size,
                 "layout": str(case),
                 "phase": phase,
                 "stage": stage,
-                "resident": round(resident / 1e6, 1),
-                "resident_ratio": round(resident / measured[rank]["resident"][phase], 3),
+                "resident": round(held / 1e6, 1),
+                "resident_ratio": round(resident / held, 3),
                 "predicted": round(peak / 1e6, 1),
                 "measured": round(found / 1e6, 1),
                 "ratio": round(peak / found, 3),
+                "passes_ratio": round((peak - resident) / (found - held), 2),
+                "other": round(max(one["other"][phase] for one in own) / 1e6, 1),
             }
 
 

@@ -1,10 +1,10 @@
 """Real training steps on this host's ranks, with the bytes they allocate and send, to compare plans with."""
 
 import ctypes
-import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,8 +100,8 @@ class Sleeper:
 def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     """One step's scoring and learning, the second after one to warm up.
 
-    Returns by phase the bytes of `Phases.resident_bytes`, the most that the process allocated beyond what it had before the models, and
-    the bytes that this rank handed to collectives by kind.
+    Returns by phase the bytes of `Phases.resident_bytes`; those and the most that was allocated at once beyond what there was when the
+    phase began; what else there was then (buffers that torch's libraries make once); the bytes handed to collectives by kind.
     """
     run, spec = case.run, case.spec
     layout = groups.initialize(run.parallel, seed=0)
@@ -115,30 +115,27 @@ def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     phases.admit("critic", critic.movables)
     rows = run.ppo.minibatch_size // layout.data
     batch = experience(spec.vocab_size, rows)
-    found: dict[str, Any] = {"resident": {}, "peak": {}, "sent": {}}
+    found: dict[str, Any] = {"resident": {}, "peak": {}, "other": {}, "sent": {}}
+
+    def measured(phase: str, *passes: Callable[[], Any]) -> None:
+        resident, start = sum(phases.resident_bytes().values()), bytes_in_use()
+        with Ledger() as ledger:
+            for one in passes:
+                one()
+        found["resident"][phase], found["peak"][phase] = resident, resident + ledger.peak - start
+        found["other"][phase], found["sent"][phase] = start - before - resident, dict(ledger.sent)
+
     for _ in range(2):
         with phases.scoring():
-            found["resident"]["scoring"] = sum(phases.resident_bytes().values())
-            with Ledger(before) as ledger:
-                actor.logprobs(batch), reference.logprobs(batch), critic.values(batch)
-            found["peak"]["scoring"], found["sent"]["scoring"] = ledger.peak, dict(ledger.sent)
+            measured("scoring", partial(actor.logprobs, batch), partial(reference.logprobs, batch), partial(critic.values, batch))
         with phases.learning():
-            with Ledger(before) as ledger:
-                critic.update(batch)
-                actor.update(batch)
-            found["resident"]["learning"] = sum(phases.resident_bytes().values())
-            found["peak"]["learning"], found["sent"]["learning"] = ledger.peak, dict(ledger.sent)
+            measured("learning", partial(critic.update, batch), partial(actor.update, batch))
     return found
 
 
-def warmed_up(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any]]:
-    """The cases in turn, after a tiny one for whatever a process allocates once."""
-    step(rank, world_size, Case("tiny"))
-    found = []
-    for case in cases:
-        found.append(step(rank, world_size, case))
-        gc.collect()
-    return found
+def steps(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any]]:
+    """The cases in turn."""
+    return [step(rank, world_size, case) for case in cases]
 
 
 def sync(rank: int, world_size: int, case: Case, generator: int) -> dict[str, int]:
@@ -156,7 +153,7 @@ def sync(rank: int, world_size: int, case: Case, generator: int) -> dict[str, in
     load_pieces(owner.pieces, RandomSource(spec.table("actor"), seed=0))
     pusher = WeightSync(engine, layout, verify_first=0)
     pusher.push(owner, 1)  # makes the plan
-    with Ledger(0) as ledger:
+    with Ledger() as ledger:
         report = pusher.push(owner, 2)
     return {"sent": ledger.sent["send"], "received": report.received_bytes}
 
@@ -216,21 +213,21 @@ COLLECTIVES = {
 
 
 class Ledger(TorchDispatchMode):
-    """Asked after every operation of torch: the most that the process had allocated beyond `start`, and the bytes handed to collectives.
+    """Asked after every operation of torch: the most that the process had allocated, and the bytes handed to collectives.
 
     `sent` holds buffers by kind as `megarl.planner.messages` counts them: whole ones, of groups of several ranks. Everything that
     communicates passes here, from wherever it is called, as torch.distributed dispatches it.
     """
 
-    def __init__(self, start: int):
+    def __init__(self):
         super().__init__()
-        self.start, self.peak, self.sent = start, 0, Counter()
+        self.peak, self.sent = bytes_in_use(), Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function.namespace == "c10d":
             self._take(function.__name__.partition(".")[0], args)
         result = function(*args, **(kwargs or {}))
-        self.peak = max(self.peak, bytes_in_use() - self.start)
+        self.peak = max(self.peak, bytes_in_use())
         return result
 
     def _take(self, name: str, args: tuple) -> None:

@@ -91,6 +91,7 @@ class StageActivations:
     kept: int  # of all microbatches in flight
     passing: int  # at most at once in a forward pass without gradients
     backward: int  # at most at once on top of `kept`
+    ends: int  # of `passing` and `backward`: what is still there while the head computes
 
 
 def stage_activations(
@@ -119,6 +120,7 @@ def stage_activations(
         kept=int(kept + edge),
         passing=int(one.passing * tokens + one.kept_position * positions + ends),
         backward=int(working + one.backward * tokens + ends),
+        ends=int(ends),
     )
 
 

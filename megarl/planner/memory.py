@@ -150,9 +150,9 @@ def _pass_of(
         parts["logits"] = head.backward if is_learning else head.forward
         if is_shared and not is_owner:
             parts["copy of the head"] = head.replica if is_learning else head.replica_forward
-        if is_learning:  # the head's moment comes before any layer's backward: both are not there at once
-            layer = used.backward
-            parts["activations"] = used.kept + max(0, layer - parts["logits"])
+        # the head's moment comes after the layers' forward and before their backward: it and a layer are not there at once
+        layer = used.backward if is_learning else used.passing
+        parts["activations"] = (used.kept if is_learning else 0) + max(used.ends, layer - parts["logits"])
     if is_learning and not model.spec.mixture:
         width = 2 if precision == "bf16" else 4
         parts["gradient of a weight"] = model.shards[stage].largest * width if parts.get("logits", 0) == 0 else 0
