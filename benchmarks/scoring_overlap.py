@@ -204,7 +204,6 @@ def take_turns(root: Path, part: Mapping[str, Any], repeats: int) -> dict[str, l
         found[order].append(seconds | {"scored_early": sum(at < last for at in judged_at), "samples": watch.samples})
 
     alternating({order: partial(step, order, own) for order, own in orders.items()}, repeats)
-    groups.shutdown()
     return found
 
 
@@ -229,6 +228,7 @@ def measure(quick: bool) -> Mapping[str, Any]:
         write_files(Path(scratch))
         for name, part in parts.items():
             rows += compare(Path(scratch), name, part, 1 if quick else 5)
+    groups.shutdown()
     return {
         "steps": rows,
         "responses": f"{PROMPTS} prompts x {SAMPLES} samples of up to {LONGEST} tokens",

@@ -107,7 +107,7 @@ def dialogue(topic: str, number: int) -> dict[str, str]:
 def shortened(run: Run, tensor: int, pipeline: int) -> list[str]:
     """Overrides that leave a recipe what it is and make it two steps of a few short sequences on tensor x pipeline ranks."""
     found = ["cluster=null", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.sequence={str(tensor > 1).lower()}"]
-    found += ["parallel.microbatch_size=2"]
+    found += [f"parallel.microbatch_size={max(2, run.sequences_per_row) if isinstance(run, LessonRun) else 2}"]
     if run.parallel.max_tokens_per_microbatch:
         found.append("parallel.max_tokens_per_microbatch=1024")
     if isinstance(run, LessonRun):
