@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "events.jsonl"
+GOOD_END = "done"  # outcome of a rank that has finished, or stopped because it was asked to
 
 
 class EventLog:

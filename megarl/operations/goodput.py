@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-GOOD_END = "done"  # of a rank: finished, or stopped because it was asked to
+from megarl.operations.events import GOOD_END
 
 
 @dataclass

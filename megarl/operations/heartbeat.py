@@ -21,11 +21,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megarl.operations.events import NAME, EventLog
+from megarl.operations.events import GOOD_END, NAME, EventLog
 from megarl.operations.faults import Fault
+from megarl.operations.verdict import FAILED
 from megarl.parallel.torchrun import rank_from_environment
 
 FOLDER, ATTEMPT = "MEGARL_HEARTBEAT", "MEGARL_ATTEMPT"
+ENDED = "ended"  # the phase of a rank that has left as it should
 PULSE_S = 0.2
 RECORD_BYTES = 8192
 DUMP_SIGNAL = signal.SIGUSR2
@@ -104,9 +106,9 @@ class Heartbeat:
         self._write()
 
     def end(self, outcome: str) -> None:
-        """The rank leaves on its own account."""
+        """The rank leaves on its own account; `outcome` is done, or the name of the error that ended it."""
         self._ended.set()
-        self.phase = "ended"
+        self.phase, self._since = ENDED if outcome == GOOD_END else FAILED, time.monotonic()
         self._write()
         if self._events is not None:
             self._events.write("end", step=max(0, self.step - 1), outcome=outcome)
@@ -210,7 +212,7 @@ def rank_of(run: Path) -> Iterator[None]:
         _current.end(type(error).__name__)
         raise
     else:
-        _current.end("done")
+        _current.end(GOOD_END)
     finally:
         _current = None
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 STALE_S = 3.0  # a pulse this old: the interpreter does not run
+FAILED = "failed"  # the phase of a rank that an error has ended: all it has to do is leave
 GENERATOR_WAIT = "rollout/control.py"
 
 
@@ -115,7 +116,7 @@ class Limits:
 
     def of(self, phase: str, records: Sequence[Mapping[str, Any]], before: Mapping[str, float]) -> float:
         """The limit of `phase`; `before` holds the longest phases of earlier starts of the run."""
-        if phase == "":
+        if phase in ("", FAILED):
             return self.floor_s
         seen = [longest[phase] for longest in (before, *(record["longest"] for record in records)) if phase in longest]
         return max(self.floor_s, self.factor * max(seen) if seen else self.first_s)

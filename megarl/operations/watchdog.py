@@ -25,6 +25,7 @@ from megarl.operations.events import NAME, EventLog
 from megarl.operations.verdict import Limits, Suspect, stragglers, suspects
 
 LOOK_S = 1.0
+LOST_S = 4.0  # for the other ranks to notice that one has died
 GAP_S = 5.0  # between two looks: more, and this process stood still itself, as when a whole job is suspended
 TELL_S = 5.0  # between two notes to the other monitors
 OTHERS_FIRST_S = 5.0  # a host whose ranks all wait lets the host of the guilty one speak first
@@ -48,6 +49,7 @@ class Watch:
     told: float = 0.0
     looked: float = 0.0
     awake_since: float = 0.0  # when this monitor last stood still: what the ranks did before says nothing of them
+    lost_since: float = 0.0
     hang: bool = False
     _marks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank: (step, busy seconds) where the window began
     _named: dict[int, int] = field(default_factory=dict)  # straggler: the step it was named in
@@ -69,13 +71,20 @@ class Watch:
 
     def running(self) -> list[dict[str, Any]]:
         """Records of ranks that have not left."""
-        return [record for _, record in sorted(self.records.items()) if record["phase"] != "ended"]
+        return [record for _, record in sorted(self.records.items()) if record["phase"] != heartbeat.ENDED]
 
     def overdue(self, now: float) -> list[tuple[dict[str, Any], float]]:
         """Ranks over their phase's limit, with the limit."""
         records = list(self.records.values())
         found = [(record, self.limits.of(record["phase"], records, self.before)) for record in self.running()]
         return [(record, limit) for record, limit in found if now - max(record["since"], self.awake_since) > limit]
+
+    def lost(self, now: float) -> list[int]:
+        """Ranks that died a while ago, where others of this host still run: those may wait for them where no closed connection tells."""
+        ranks = [record["rank"] for record in self.running()]
+        gone = [rank for rank in ranks if stacks.started(self.records[rank]["pid"]) != self.identities[rank]]
+        self.lost_since = (self.lost_since or now) if 0 < len(gone) < len(ranks) else 0.0
+        return gone if self.lost_since and now - self.lost_since > LOST_S else []
 
     # ---------------------------------------------------------------- a hang
     def report(self, now: float, limit: float) -> list[Suspect]:
@@ -175,6 +184,10 @@ def watch(state: Watch, parent: int) -> Iterator[float]:
         late = state.overdue(now)
         if late:
             _deal_with(state, late, now)
+        if state.is_killing and (lost := state.lost(now)):
+            names = ", ".join(map(str, lost))
+            print(f"megarl: rank {names} is gone and others of this host still wait for it: they are ended", file=sys.stderr, flush=True)
+            state.kill()
         state.tell(now)
         for warning in state.straggling():
             print(warning, file=sys.stderr, flush=True)

@@ -201,6 +201,7 @@ def test_killed_in_every_phase_of_ppo(tmp_path):
     assert set(times) == {f"{fault}:kill" for fault in PPO_FAULTS}, run.text()
     for name, at in times.items():
         detected, again = seconds_until(run, at)
+        assert detected < 20, "found by the monitor, not by the patience of torchrun (30 s)"
         print(f"R1: PPO, {name} of 2 ranks: attempt over after {detected:.1f} s, training again after {again:.1f} s")
     assert last_hashes(output) == last_hashes(peaceful)
     assert run.reports() == peace.reports()

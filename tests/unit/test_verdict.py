@@ -1,6 +1,7 @@
 """Whom a hang is blamed on, when a phase is too long, who straggles: from records alone."""
 
 import json
+import os
 
 import pytest
 
@@ -68,6 +69,11 @@ def test_limits_follow_the_longest_phase_of_any_rank_and_start():
     assert limits.of("", records, {}) == 10, "between phases"
 
 
+def test_a_rank_that_has_failed_has_little_time_to_leave():
+    limits = Limits(floor_s=10, factor=4, first_s=60)
+    assert limits.of("failed", [], {}) == 10
+
+
 def test_a_straggler_is_far_from_half_of_the_others_and_not_by_a_little():
     assert stragglers({0: 1.0, 1: 1.2, 2: 6.0, 3: 0.9}, 2.5, 0.5) == [2]
     assert stragglers({0: 1.0, 1: 6.0}, 2.5, 0.5) == [1]
@@ -86,3 +92,21 @@ def test_a_monitor_that_stood_still_itself_starts_its_clock_anew(tmp_path):
 
     assert [seconds for seconds in range(6) if late_at(seconds)] == [5]
     assert [seconds for seconds in range(60, 66) if late_at(seconds)] == [65]
+
+
+def test_ranks_that_wait_for_a_dead_one_are_found_after_a_while(tmp_path):
+    """In a wait that no closed connection ends; a rank that has left as it should, or one that alone is left, is nothing to wait for."""
+    alive, dead = os.getpid(), 2**22 + 1  # no process has such a number
+    watch = Watch(tmp_path, Limits())
+
+    def lost_at(seconds, **phases):
+        for rank, pid in ((0, alive), (1, dead)):
+            one = record(rank, pid=pid, run=str(tmp_path), phase=phases.get(f"rank{rank}", "publish"))
+            (tmp_path / f"rank-{rank}.json").write_text(json.dumps(one))
+        watch.look(NOW + seconds)
+        return watch.lost(NOW + seconds)
+
+    watch.identities[1] = "12345"  # it was seen alive
+    assert [lost_at(seconds) for seconds in (0, 3, 5)] == [[], [], [1]]
+    assert lost_at(6, rank1="failed") == [1] and lost_at(7, rank1="ended") == []
+    assert lost_at(8) == [] and lost_at(13) == [1], "its clock starts anew"
