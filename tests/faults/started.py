@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,15 +50,18 @@ class Started:
         return found
 
     def records(self) -> dict[int, dict]:
-        """Heartbeats of the ranks, from the folder the launcher made for them."""
-        for pid in _descendants(self.process.pid):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                if "megarl.operations.watchdog" in words:
-                    folder = Path(words[words.index("--folder") + 1])
-                    found = [heartbeat.read(path) for path in folder.glob("rank-*.json")]
-                    return {record["rank"]: record for record in found if record}
-        return {}
+        """Heartbeats of the ranks."""
+        folder = self.heartbeats()
+        found = [heartbeat.read(path) for path in folder.glob("rank-*.json")] if folder else []
+        return {record["rank"]: record for record in found if record}
+
+    def heartbeats(self) -> Path | None:
+        """The folder that the launcher made for the ranks' heartbeats, None between two attempts."""
+        for pid in self.descendants():
+            words = command_of(pid).split()
+            if "megarl.operations.watchdog" in words:
+                return Path(words[words.index("--folder") + 1])
+        return None
 
     def launcher(self) -> int | None:
         """The process that started the ranks, None between two attempts."""
@@ -126,7 +130,7 @@ def started(stage: str, config: Path, run: Path, ranks: int = 2, script: str = "
     try:
         yield state
     finally:
-        left = _descendants(process.pid)
+        left, folder = _descendants(process.pid), state.heartbeats()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         for pid in left:
@@ -134,6 +138,8 @@ def started(stage: str, config: Path, run: Path, ranks: int = 2, script: str = "
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         listener.join(5)
+        if folder is not None:  # the monitor, which would have removed it, was killed with the rest
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def once(marker: Path, *faults: str) -> dict[str, str]:
