@@ -9,7 +9,8 @@ from tests.cluster.jobs import SLOWLY, START_S, Job, assert_equal, lesson, now
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 STEPS, EVERY = 14, 2
-RANKS, LAUNCHER, BATCH = "-m megarl sft", "megarl.launcher", "launch/attempts.sh"
+HEALED_S = 150  # Slurm takes its time to trust a node again
+RANKS, LAUNCHER, BATCH = "[-]m megarl sft", "megarl.launcher", "launch/attempts.sh"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_daemon_dies_and_the_ranks_of_its_node_live_on(cluster, root, peace):
     since, kept, down = lost(job, nodes[1], cluster.kill_daemon)
     ended_as_in_peace(job, peace, kept, "R3: daemon dead for good", since, down)
     cluster.start_daemon(nodes[1])
-    cluster.wait_until_idle()
+    cluster.wait_until_idle(HEALED_S)
 
 
 def test_a_daemon_that_comes_back_costs_nothing(cluster, root, peace):
@@ -129,4 +130,4 @@ def test_a_link_is_cut_and_healed_late(cluster, root, peace, what, place):
     job.wait_for_training(since)
     cluster.heal(nodes[place])  # what lives there finds that the run has gone on without it
     ended_as_in_peace(job, peace, kept, f"R3: link of the {what} cut", since, down)
-    cluster.wait_until_idle()
+    cluster.wait_until_idle(HEALED_S)
