@@ -21,19 +21,22 @@ from tests.ranks import run_ranks
 
 TOLERANCE = 0.10
 SMALLEST = 0.01  # of a rank's bytes: kinds below are numbers about tokens and norms
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    {},
-    {"parallel": {"distributed_optimizer": False}},
-    {"parallel": {"tensor": 2}},
-    {"parallel": {"tensor": 2, "sequence": True}},
-    {"parallel": {"pipeline": 2}},
-    {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
-    {"parallel": {"context": 2}},
+LARGE: tuple[dict[str, Any], ...] = ({}, {"parallel": {"tensor": 2, "sequence": True}}, {"parallel": {"pipeline": 2}})
+MEDIUM = (
+    *LARGE,
     {"parallel": {"tensor": 2, "sequence": True, "recompute": "full"}, "precision": "bf16"},
-    {"precision": "bf16", "offload": "all"},
     {"parallel": {"pipeline": 2}, "frozen_layers": 2},
     {"parallel": {"expert": 2}, "is_mixture": True},
 )
+SMALL = (
+    *MEDIUM,
+    {"parallel": {"distributed_optimizer": False}},
+    {"parallel": {"tensor": 2}},
+    {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+    {"parallel": {"context": 2}},
+    {"precision": "bf16", "offload": "all"},
+)
+LAYOUTS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
 SYNCS: tuple[tuple[dict[str, int], int], ...] = (({"pipeline": 2}, 2), ({"tensor": 2}, 1), ({"pipeline": 2}, 1))
 
 
@@ -42,7 +45,7 @@ def measure(quick: bool, size: str | None) -> dict[str, Any]:
     sizes = [size] if size else ["small"] if quick else ["small", "medium", "large"]
     memory, messages, syncs = [], [], []
     for name in sizes:
-        cases = [Case(name, **layout) for layout in LAYOUTS]
+        cases = [Case(name, **layout) for layout in LAYOUTS[name]]
         ranks = run_ranks(steps, RANKS, cases, timeout_s=3000)
         for number, case in enumerate(cases):
             measured = [rank[number] for rank in ranks]

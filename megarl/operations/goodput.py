@@ -87,7 +87,7 @@ def starts_of(events: Sequence[dict[str, Any]]) -> list[Start]:
     found: list[Start] = []
     for event in events:
         if event["event"] == "start":
-            found.append(Start(str(event.get("attempt")), event["time"], event["time"]))
+            found.append(Start(str(event.get("attempt")), event["time"] - event.get("age", 0.0), event["time"]))
         if not found:
             continue
         _take(found[-1], event)

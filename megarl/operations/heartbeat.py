@@ -8,6 +8,7 @@ and, for the file, a launcher named a folder in `MEGARL_HEARTBEAT`. Rank 0 also 
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import linecache
 import os
@@ -189,6 +190,13 @@ def sites_of(frame: FrameType | None) -> list[str]:
 
 # ---------------------------------------------------------------- of this process
 _current: Heartbeat | None = None
+_runs = itertools.count()
+
+
+def _age_s() -> float:
+    """Seconds since this process was made."""
+    made = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - made
 
 
 @contextlib.contextmanager
@@ -203,7 +211,8 @@ def rank_of(run: Path) -> Iterator[None]:
     attempt, folder = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RUN_ID", "alone"), os.environ.get(FOLDER)
     events = EventLog(run / NAME, attempt=attempt) if rank == 0 else None
     if events is not None:
-        events.write("start", ranks=world_size, host=socket.gethostname(), pid=os.getpid())
+        age = round(_age_s(), 3) if next(_runs) == 0 else 0.0  # the first run of this process begins with its imports
+        events.write("start", ranks=world_size, host=socket.gethostname(), pid=os.getpid(), age=age)
     _current = Heartbeat(rank, run, Path(folder) if folder else None, attempt, events, faults)
     _current.meet("setup")
     try:

@@ -76,7 +76,10 @@ def pass_messages(
 
 
 def update_messages(run: Run, model: PlannedModel, layout: ParallelLayout, stage: int) -> Messages:
-    """Of one optimizer step: gradients summed over replicas, weights gathered from them, and what ranks of a replica hold in common."""
+    """Of one optimizer step: gradients summed over replicas, weights gathered from them, and what ranks of a replica hold in common.
+
+    Megatron keeps an optimizer of its own for experts, and gathers all weights after each of the two.
+    """
     parallel, shard, width = run.parallel, model.shards[stage], _width(run)
     found: Messages = Counter()
     dense = (shard.dense - shard.still_dense, layout.data * layout.context)
@@ -84,7 +87,7 @@ def update_messages(run: Run, model: PlannedModel, layout: ParallelLayout, stage
     for elements, holders in (dense, experts):
         if holders > 1 and parallel.distributed_optimizer:
             found[SCATTER, "dp"] += elements * FLOAT
-            found[GATHER, "dp"] += elements * width
+            found[GATHER, "dp"] += elements * width * (1 if model.spec.mixture is None else 2)
         elif holders > 1:
             found[REDUCE, "dp"] += elements * FLOAT
     if parallel.tensor > 1 and parallel.sequence:

@@ -1,6 +1,8 @@
 """Where a run's time went: seconds add up, steps done twice are lost, files that end in the middle of a line are read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -55,6 +57,26 @@ def test_steps_are_lost_when_a_later_start_begins_before_them_not_when_it_has_do
     assert (found.steps, found.lost_steps, found.useful_s) == (1, 6, 5)
     parts = (found.useful_s, found.evaluation_s, found.checkpoint_s, found.setup_s, found.lost_s, found.down_s)
     assert sum(parts) == pytest.approx(found.wall_s)
+
+
+def test_what_a_process_did_before_it_said_so_is_setup():
+    events = lesson()
+    events[7] = at(67, "start", age=6.0)
+    found = goodput(events)
+    assert (found.setup_s, found.down_s, found.wall_s) == (20 + 15 + 6, 10 - 6, 117)
+
+
+def test_the_first_start_of_a_process_tells_its_age(tmp_path):
+    """In a process of its own: this one has lived for long."""
+    code = (
+        "import time; began = time.time(); time.sleep(0.3)\n"
+        "from pathlib import Path; from megarl.operations.heartbeat import rank_of\n"
+        f"for _ in range(2):\n    with rank_of(Path({str(tmp_path)!r})): pass\n"
+        "print(time.time() - began)"
+    )
+    lived = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    first, second = (event["age"] for event in read_events(tmp_path) if event["event"] == "start")
+    assert 0.3 <= first <= lived + 10 and second == 0
 
 
 def test_hangs_and_stragglers_are_counted():
