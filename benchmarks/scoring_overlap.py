@@ -52,7 +52,7 @@ MODEL = {
     "tie_word_embeddings": False,
 }
 PROMPTS, SAMPLES, LONGEST = 16, 4, 256
-SECONDS_EACH = {"function": 0.05, "http": 0.2}  # of judging a response; the server judges those of four requests side by side
+SECONDS_EACH = {"function": 0.025, "http": 0.2}  # of judging a response; the server judges those of four requests side by side
 
 judged_at: list[float] = []  # when each score was there
 
@@ -200,7 +200,7 @@ def take_turns(root: Path, part: Mapping[str, Any], repeats: int) -> dict[str, l
     def step(order: str, own: Parts) -> None:
         train(run, layout, own)
         began, last = watch.written_at[0], max(watch.finished_at)
-        seconds = {"step_s": watch.written_at[1] - began, "sampling_s": last - began}
+        seconds = {"sampling_s": last - began, "scoring_left_s": max(judged_at) - last, "step_s": watch.written_at[1] - began}
         found[order].append(seconds | {"scored_early": sum(at < last for at in judged_at), "samples": watch.samples})
 
     alternating({order: partial(step, order, own) for order, own in orders.items()}, repeats)
@@ -214,7 +214,7 @@ def compare(root: Path, name: str, part: Mapping[str, Any], repeats: int) -> lis
     assert all(len(told) == PROMPTS * SAMPLES and told == samples[0] for told in samples), "the orders' responses or rewards differ"
     rows: list[dict[str, Any]] = []
     for order, steps in found.items():
-        middle = {key: median(step[key] for step in steps[1:]) for key in ("sampling_s", "step_s", "scored_early")}
+        middle = {key: median(step[key] for step in steps[1:]) for key in ("sampling_s", "scoring_left_s", "step_s", "scored_early")}
         early = f"{middle.pop('scored_early'):.0f} of {PROMPTS * SAMPLES}"
         rows.append({"judge": name, "scoring": order, **middle, "over_after": 1.0, "scored_early": early})
         rows[-1]["over_after"] = rows[-1]["step_s"] / rows[0]["step_s"]
