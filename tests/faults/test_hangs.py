@@ -97,11 +97,13 @@ def test_an_exchange_that_a_rank_leaves_out_ends_the_run_at_once(root):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("phase", "rank", "iteration"), [("setup", 1, 0), ("save", 0, 4), ("evaluate", 1, 4)])
 def test_a_rank_stopped_in_other_phases_is_named(root, phase, rank, iteration):
     config, output = lesson(root, f"stop-in-{phase}")
     fault = {"MEGARL_FAULT": f"{phase}:{rank}:{iteration}:stop", "MEGARL_ALLOW_FAULTS": "1"}
-    with started("sft", config, output, 2, **QUICK | fault) as run:
-        run.wait_for(lambda: list((output / "hangs").glob("*.json")), 200, "report")
+    first = {"MEGARL_HANG_FIRST": "60" if phase == "setup" else "240"}  # the start itself may take a while
+    with started("sft", config, output, 2, **QUICK | fault | first) as run:
+        run.wait_for(lambda: list((output / "hangs").glob("*.json")), 280, "report")
         (suspect,) = json.loads(next((output / "hangs").glob("*.json")).read_text())["suspects"]
         assert suspect["rank"] == rank and suspect["phase"].split(" ")[-1] == phase and run.wait() != 0, run.text()
