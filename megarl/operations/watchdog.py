@@ -26,7 +26,7 @@ from megarl.operations.verdict import Limits, Suspect, stragglers, suspects
 
 LOOK_S = 1.0
 LOST_S = 4.0  # for the other ranks to notice that one has died
-GAP_S = 5.0  # between two looks: more, and this process stood still itself, as when a whole job is suspended
+STILL_S = 5.0  # longer than it wanted to sleep: this process stood still itself, as when a whole job is suspended
 TELL_S = 5.0  # between two notes to the other monitors
 OTHERS_FIRST_S = 5.0  # a host whose ranks all wait lets the host of the guilty one speak first
 WINDOW_STEPS = 3  # stragglers are looked for every so many steps
@@ -47,18 +47,14 @@ class Watch:
     run: Path | None = None
     before: dict[str, float] = field(default_factory=dict)  # longest phases of earlier starts
     told: float = 0.0
-    looked: float = 0.0
     awake_since: float = 0.0  # when this monitor last stood still: what the ranks did before says nothing of them
     lost_since: float = 0.0
     hang: bool = False
     _marks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank: (step, busy seconds) where the window began
     _named: dict[int, int] = field(default_factory=dict)  # straggler: the step it was named in
 
-    def look(self, now: float) -> None:
+    def look(self) -> None:
         """Read the heartbeats; the first one says where the run's folder is."""
-        if now - self.looked > GAP_S:
-            self.awake_since = now
-        self.looked = now
         for path in self.folder.glob("rank-*.json"):
             record = heartbeat.read(path)
             if record is None:
@@ -180,7 +176,7 @@ def watch(state: Watch, parent: int) -> Iterator[float]:
     """Look once a second until the launcher is gone or a hang was dealt with; yields the time of each look."""
     while os.getppid() == parent and not state.hang:
         now = time.monotonic()
-        state.look(now)
+        state.look()
         late = state.overdue(now)
         if late:
             _deal_with(state, late, now)
@@ -192,7 +188,10 @@ def watch(state: Watch, parent: int) -> Iterator[float]:
         for warning in state.straggling():
             print(warning, file=sys.stderr, flush=True)
         yield now
+        lay_down = time.monotonic()
         time.sleep(LOOK_S)
+        if (now := time.monotonic()) - lay_down > LOOK_S + STILL_S:
+            state.awake_since = now
 
 
 def _deal_with(state: Watch, late: Sequence[tuple[dict[str, Any], float]], now: float) -> None:
@@ -255,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError:  # the folder is gone: so is the launcher
         pass
     if os.getppid() != parsed.parent:  # the launcher was killed: nobody else would end its ranks, and another start may follow
-        state.look(time.monotonic())
+        state.look()
         state.kill()
         shutil.rmtree(parsed.folder, ignore_errors=True)
     return 0

@@ -2,9 +2,12 @@
 
 import json
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from megarl.operations import watchdog
 from megarl.operations.verdict import Limits, Process, stragglers, suspects
 from megarl.operations.watchdog import Watch
 
@@ -81,17 +84,19 @@ def test_a_straggler_is_far_from_half_of_the_others_and_not_by_a_little():
     assert stragglers({0: 1.0, 1: 1.5, 2: 2.0}, 2.5, 0.5) == [] and stragglers({0: 5.0}, 2.5, 0.5) == []
 
 
-def test_a_monitor_that_stood_still_itself_starts_its_clock_anew(tmp_path):
+def test_a_monitor_that_stood_still_itself_starts_its_clock_anew(tmp_path, monkeypatch):
     """As when a whole job is suspended: the time in which nobody ran says nothing of the ranks."""
-    watch = Watch(tmp_path, Limits(floor_s=4, factor=4))
-    (tmp_path / "rank-0.json").write_text(json.dumps(record(0, since=NOW, run=str(tmp_path), longest={"learn": 0.5})))
-
-    def late_at(seconds):
-        watch.look(NOW + seconds)
-        return bool(watch.overdue(NOW + seconds))
-
-    assert [seconds for seconds in range(6) if late_at(seconds)] == [5]
-    assert [seconds for seconds in range(60, 66) if late_at(seconds)] == [65]
+    naps = iter([1, 1, 1, 60, *[1] * 20])
+    clock = SimpleNamespace(
+        now=NOW, time=time.time, monotonic=lambda: clock.now, sleep=lambda _: setattr(clock, "now", clock.now + next(naps))
+    )
+    one = record(0, since=NOW, run=str(tmp_path), longest={"learn": 0.5}, stacks="", pid=os.getpid(), attempt="a", busy=0.0)
+    (tmp_path / "rank-0.json").write_text(json.dumps(one))
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog.stacks, "dump", lambda record: "its stack")
+    state = Watch(tmp_path, Limits(floor_s=4, factor=4), is_killing=False)
+    looks = [now - NOW for now in watchdog.watch(state, os.getppid())]
+    assert looks == [0, 1, 2, 3, 63, 64, 65, 66, 67, 68] and state.hang
 
 
 def test_ranks_that_wait_for_a_dead_one_are_found_after_a_while(tmp_path):
@@ -103,7 +108,7 @@ def test_ranks_that_wait_for_a_dead_one_are_found_after_a_while(tmp_path):
         for rank, pid in ((0, alive), (1, dead)):
             one = record(rank, pid=pid, run=str(tmp_path), phase=phases.get(f"rank{rank}", "publish"))
             (tmp_path / f"rank-{rank}.json").write_text(json.dumps(one))
-        watch.look(NOW + seconds)
+        watch.look()
         return watch.lost(NOW + seconds)
 
     watch.identities[1] = "12345"  # it was seen alive
