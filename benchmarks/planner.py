@@ -36,24 +36,27 @@ SMALL = (
     {"parallel": {"context": 2}},
     {"precision": "bf16", "offload": "all"},
 )
+ALONE: tuple[dict[str, Any], ...] = ({}, {"parallel": {"recompute": "full"}, "precision": "bf16"}, {"frozen_layers": 2})
 LAYOUTS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
 SYNCS: tuple[tuple[dict[str, int], int], ...] = (({"pipeline": 2}, 2), ({"tensor": 2}, 1), ({"pipeline": 2}, 1))
 
 
-def measure(quick: bool, size: str | None) -> dict[str, Any]:
-    """All tables; `quick`: the small model only."""
+def measure(quick: bool, size: str | None, ranks: int) -> dict[str, Any]:
+    """All tables; `quick`: the small model only. With one of `ranks` there is memory alone, of what one rank can do."""
     sizes = [size] if size else ["small"] if quick else ["small", "medium", "large"]
     memory, messages, syncs = [], [], []
     for name in sizes:
-        cases = [Case(name, **layout) for layout in LAYOUTS[name]]
-        ranks = run_ranks(steps, RANKS, cases, timeout_s=3000)
+        cases = [Case(name, **layout) for layout in (ALONE if ranks == 1 else LAYOUTS[name])]
+        found = run_ranks(steps, ranks, cases, timeout_s=3000)
         for number, case in enumerate(cases):
-            measured = [rank[number] for rank in ranks]
+            measured = [rank[number] for rank in found]
             memory += memory_rows(case, measured)
             messages += message_rows(case, measured)
-        syncs += [sync_row(Case(name, parallel), generator) for parallel, generator in SYNCS]
+        if ranks > 1:
+            syncs += [sync_row(Case(name, parallel), generator) for parallel, generator in SYNCS]
     rows = [*memory, *messages, *syncs]
     return {
+        "ratios": summary(memory, messages),
         "memory_MB": memory,
         "messages_kB": messages,
         "weight_sync_MB": syncs,
@@ -65,6 +68,26 @@ def measure(quick: bool, size: str | None) -> dict[str, Any]:
     }
 
 
+def summary(memory: Sequence[Mapping[str, Any]], messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each run what is furthest from 1 of its phases, stages and kinds: predicted over measured."""
+
+    def furthest(rows: Sequence[Mapping[str, Any]], run: tuple[str, str], key: str = "ratio") -> float | str:
+        ratios = [row[key] for row in rows if (row["size"], row["layout"]) == run]
+        return max(ratios, key=lambda ratio: abs(ratio - 1)) if ratios else ""
+
+    runs = dict.fromkeys((row["size"], row["layout"]) for row in memory)
+    return [
+        {
+            "size": run[0],
+            "layout": run[1],
+            "memory": furthest(memory, run),
+            "of it passes": furthest(memory, run, "passes_ratio"),
+            "messages": furthest(messages, run),
+        }
+        for run in runs
+    ]
+
+
 def name_of(row: Mapping[str, Any]) -> str:
     return f"{row['size']} {row['layout']} {row.get('phase', 'sync')} {row['ratio']:.2f}"
 
@@ -72,7 +95,7 @@ def name_of(row: Mapping[str, Any]) -> str:
 def memory_rows(case: Case, measured: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Resident bytes and the peak of each phase, of one rank of each stage."""
     run, specs = case.run, {"actor": case.spec, "critic": case.spec}
-    layout = layout_of(run, RANKS)
+    layout = layout_of(run, len(measured))
     plan = plan_memory(run, specs, layout, None, Assumptions())
     for phase in ("scoring", "learning"):
         for stage in range(layout.pipeline):
@@ -104,7 +127,7 @@ def planned(plan: MemoryPlan, phase: str, stage: int) -> tuple[int, int]:
 
 def message_rows(case: Case, measured: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Bytes of each kind of message in each phase, the mean of the ranks of a stage."""
-    run, layout = case.run, layout_of(case.run, RANKS)
+    run, layout = case.run, layout_of(case.run, len(measured))
     batch = largest_microbatch(run, layout)
     count = run.ppo.minibatch_size // layout.data // batch.width
     models = plan_memory(run, {"actor": case.spec, "critic": case.spec}, layout, None, Assumptions()).models
@@ -153,5 +176,5 @@ def sync_row(case: Case, generator: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    size = {"size": {"help": "one of small, medium, large"}}
-    table.main("planner", "what plans say against what happens", measure, size)
+    options = {"size": {"choices": tuple(LAYOUTS)}, "ranks": {"type": int, "choices": (1, RANKS), "default": RANKS}}
+    table.main("planner", "what plans say against what happens", measure, options)
