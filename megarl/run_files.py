@@ -107,11 +107,23 @@ def _spec(key: str, path: Path, role: str, found: Survey) -> ModelSpec | None:
         text = f"{key}: {path} does not exist; expected a Hugging Face directory or a megarl checkpoint"
         found.missing.append(Fault((key,), text))
         return None
+    if _is_run_under_way(path):
+        found.missing.append(
+            Fault((key,), f"{key}: {path} is the folder of a run that has published no checkpoint; expected one, or a model")
+        )
+        return None
     try:
         return read_spec(_spec_directory(path, role))
     except MegarlError as error:
         found.wrong.append(Fault((key,), f"{key}: {error}"))
         return None
+
+
+def _is_run_under_way(path: Path) -> bool:
+    """Whether this is the folder of a run, submitted or started, that has no checkpoint yet."""
+    if (path / "config.json").is_file() or not any((path / name).exists() for name in ("submitted", "events.jsonl")):
+        return False
+    return not any((path / "checkpoints").glob("step-*"))
 
 
 def _spec_directory(path: Path, role: str) -> Path:

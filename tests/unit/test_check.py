@@ -21,7 +21,7 @@ from megarl.planner.models import owned_of
 from megarl.planner.shards import shards_of
 from tests.recipes import kind_of
 from tests.unit.text_files import sentencepiece_file
-from tests.unit.tiny_run import write_run, write_shape
+from tests.unit.tiny_run import SFT, write_run, write_shape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUN = {
@@ -142,6 +142,15 @@ def test_the_configurations_we_ship_fit_their_clusters(monkeypatch, path):
     assert inspection.run.cluster.world_size == inspection.world_size
     assert inspection.specs, "the shapes are known before the weights are there"
     assert all("does not exist" in notice for notice in inspection.notices), inspection.notices
+
+
+def test_a_model_that_a_run_has_yet_to_make_is_missing_and_not_wrong(tmp_path):
+    path = write_run(tmp_path, SFT.replace("path: {root}/actor\n  random_init: true", "path: {root}/earlier\n  shape: {root}/actor"))
+    (tmp_path / "earlier" / "submitted").mkdir(parents=True)  # a job that waits, or has just begun
+    (notice,) = inspect("sft", path, []).notices
+    assert f"{tmp_path}/earlier is the folder of a run that has published no checkpoint" in notice
+    with pytest.raises(ConfigError, match="has published no checkpoint"):
+        inspect("sft", path, [], is_start=True)
 
 
 def test_packed_microbatches_are_counted_at_most(tmp_path):
