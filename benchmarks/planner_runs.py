@@ -37,6 +37,7 @@ SIZES: dict[str, dict[str, int]] = {
     "medium": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8},
     "large": {"vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
 }
+MINIBATCH = {"tiny": 16, "small": 16, "medium": 8, "large": 4}  # sequences an optimizer step, in four microbatches: large models take long
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ class Case:
                 "output_dir": "out",
                 "tokenizer": "tokenizer",
                 "precision": self.precision,
-                "parallel": {"microbatch_size": 4} | self.parallel,
+                "parallel": {"microbatch_size": MINIBATCH[self.size] // 4} | self.parallel,
                 "actor": model,
                 "critic": model,
                 "rewards": [{"kind": "exact"}],
                 "data": {"path": "prompts.jsonl", "max_prompt_tokens": PROMPT},
                 "rollout": {"prompts_per_step": 32, "max_response_tokens": RESPONSE, "kv_cache_bytes": 8 << 20},
-                "ppo": {"total_steps": 10, "minibatch_size": 16},
+                "ppo": {"total_steps": 10, "minibatch_size": MINIBATCH[self.size]},
                 "memory": {"offload": self.offload},
                 "checkpoint": {"background": "off"},
             }
