@@ -52,7 +52,7 @@ MODEL = {
     "tie_word_embeddings": False,
 }
 PROMPTS, SAMPLES, LONGEST = 16, 4, 256
-SECONDS_EACH = {"function": 0.025, "http": 0.2}  # of judging a response; the server judges those of four requests side by side
+SECONDS_EACH = {"function": 0.05, "http": 0.2}  # of judging a response; the server judges those of four requests side by side
 
 judged_at: list[float] = []  # when each score was there
 
