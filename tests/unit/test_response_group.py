@@ -84,7 +84,9 @@ def test_chunks_go_on_to_the_smallest_length_of_the_whole_response():
 
 
 def test_a_group_survives_json():
-    group = sampled(ResponseGroup(41, Prompt(5, (0, 0), "42", "what?", ({"role": "system", "content": "."},))), ScriptedEngine(script), asking())
+    group = sampled(
+        ResponseGroup(41, Prompt(5, (0, 0), "42", "what?", ({"role": "system", "content": "."},))), ScriptedEngine(script), asking()
+    )
     assert ResponseGroup.from_json(json.loads(json.dumps(group.to_json()))) == group
 
 
