@@ -41,6 +41,10 @@ def layer_messages(run: Run, spec: ModelSpec, tokens: float, learns_weights: boo
         backward[SCATTER, "tp"] = blocks * size
     elif parallel.tensor > 1:
         forward[REDUCE, "tp"] = backward[REDUCE, "tp"] = blocks * size
+    if spec.num_kv_heads < parallel.tensor:  # ranks hold parts of a group of queries: Megatron puts the projections of all together
+        projected = int(tokens * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * width)
+        forward[GATHER, "tp"] += projected
+        backward[SCATTER, "tp"] += projected
     if parallel.context > 1:
         keys = 2 * spec.num_kv_heads * spec.head_dim * width // parallel.tensor
         forward[GATHER, "cp"] = backward[SCATTER, "cp"] = int(tokens * parallel.context * keys)
