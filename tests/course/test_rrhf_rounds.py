@@ -21,7 +21,7 @@ RRHF = [
     "train={total_steps: 3, batch_size: 8}",
     "model.optimizer={lr: 1.0e-2}",
     "checkpoint.background=off",
-    "data.max_tokens=40",  # tokens that are no text become several
+    "data.max_tokens=32",  # tokens that are no text become several
 ]
 
 
