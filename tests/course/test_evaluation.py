@@ -9,6 +9,8 @@ from megarl.config import PpoRun
 from tests.course.test_ppo import ppo_run, read_metrics
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 SETS = ("sums", "again")
 STEPS = 4
 

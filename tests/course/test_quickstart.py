@@ -46,6 +46,7 @@ def check(summary: dict, out: Path) -> None:
     assert (Path(summary["export"]["path"]) / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_short_course_ends_with_a_checked_export(tmp_path: Path) -> None:
     out = tmp_path / "q"

@@ -89,6 +89,7 @@ def scripted(rank: int, world_size: int, run: SampleRun, blocks: int) -> list[in
     return [answered.step, answered.total]
 
 
+@pytest.mark.slow
 def test_layout_and_interruption_do_not_show(root):
     alone, together = sample_run(root, "alone"), sample_run(root, "together", parallel={"tensor": 2})
     assert run_ranks(scripted, 1, alone, 99) == [[37, 37]]

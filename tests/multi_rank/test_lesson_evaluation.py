@@ -54,6 +54,7 @@ def teach(rank: int, world_size: int, lessons: list) -> list[int]:
     return steps
 
 
+@pytest.mark.slow
 def test_ranks_that_share_experts_evaluate_unequal_shares(root):
     shared, alone = runs(root, "shared", {"expert": 2}), runs(root, "alone", {})
     assert run_ranks(teach, 2, shared) == [[1] * len(shared)] * 2

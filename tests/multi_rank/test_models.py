@@ -37,7 +37,7 @@ def directories(tmp_path_factory) -> dict[str, str]:
     return {kind: str(folder / kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_outputs_gradients_and_pieces_equal_transformers(directories, world_size):
     checks = [(_compare_all, (directories,))]
     if world_size == 2:

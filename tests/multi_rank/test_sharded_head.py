@@ -162,6 +162,7 @@ def test_two_stages_agree_with_one_rank(one_rank):
         assert (ranks[0]["largest_logits"] > 0) == is_shared, "every stage computes logits exactly when the head is shared"
 
 
+@pytest.mark.slow
 def test_four_ranks_agree_with_one_rank(one_rank):
     check(4, ON_FOUR, one_rank)
 

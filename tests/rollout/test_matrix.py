@@ -41,6 +41,7 @@ def test_the_matrix_has_every_kind_of_layout():
     assert [kind for kind, is_one in kinds.items() if not any(map(is_one, PAIRS))] == []
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_matrix(tmp_path):
     run(tmp_path, [pair for pair in PAIRS if pair.is_quick])
 
