@@ -51,7 +51,7 @@ def test_one_rank_is_enough_and_the_ranks_stay_alike(lessons):
             step: float(step == 5) for step in range(1, STEPS + 1)
         }
         files = sorted(path.name for path in (run.run / "skipped_updates").iterdir())
-        assert files == [f"actor-update-00000004-data-{data:05d}.jsonl" for data in (0, 1)]
+        assert files == [f"model-update-00000004-data-{data:05d}.jsonl" for data in (0, 1)]
         rows = [json.loads(line) for name in files for line in (run.run / "skipped_updates" / name).read_text().splitlines()]
         assert len(rows) == 16 and all(row["token_ids"] for row in rows)
     first, second = (last_hashes(run.run) for run in runs)
