@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.cluster.jobs import SLOWLY, START_S, Job, assert_equal, lesson, now
+from tests.cluster.slurm_cluster import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 STEPS, EVERY = 14, 2
@@ -101,22 +102,15 @@ def test_a_daemon_dies_and_the_ranks_of_its_node_live_on(cluster, root, peace):
     cluster.wait_until_idle(HEALED_S)
 
 
-def test_a_daemon_that_comes_back_costs_nothing(cluster, root, peace):
-    job, nodes = under_way(cluster, root, "daemon-back")
-    cluster.kill_daemon(nodes[1])
-    time.sleep(5)
-    cluster.start_daemon(nodes[1])
-    job.wait()
-    assert_equal(job, peace)
-    assert job.restarts() == 0 and len(job.events("attempt")) == 1
-    cluster.wait_until_idle()
-
-
-def test_a_link_that_comes_back_costs_nothing(cluster, root, peace):
-    job, nodes = under_way(cluster, root, "link-back")
-    cluster.cut(nodes[1])
-    time.sleep(8)
-    cluster.heal(nodes[1])
+@pytest.mark.parametrize(
+    ("what", "lose", "bring_back", "seconds"),
+    [("daemon", Cluster.kill_daemon, Cluster.start_daemon, 5), ("link", Cluster.cut, Cluster.heal, 8)],
+)
+def test_what_comes_back_soon_costs_nothing(cluster, root, peace, what, lose, bring_back, seconds):
+    job, nodes = under_way(cluster, root, f"{what}-back")
+    lose(cluster, nodes[1])
+    time.sleep(seconds)
+    bring_back(cluster, nodes[1])
     job.wait()
     assert_equal(job, peace)
     assert job.restarts() == 0 and len(job.events("attempt")) == 1

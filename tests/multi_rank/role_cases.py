@@ -12,6 +12,15 @@ from megarl.ppo.roles import Actor, Critic, Reference, RewardModel
 from megarl.records import Experience
 
 NUM_ROWS, NUM_TOKENS, VOCAB = 10, 11, 100  # no multiple of a microbatch, of tensor ranks, of 64
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megarl.models.freezing import num_frozen
 from megarl.parallel import groups
 from megarl.ppo.roles import Actor, Critic
 from tests.multi_rank.role_cases import (
+    MIXTURE,
     NUM_ROWS,
     Case,
     DictSource,
@@ -31,15 +32,6 @@ from tests.unit.text_files import sentencepiece_file
 
 PLAIN = {"distributed_optimizer": False}
 SEQUENCE = {"tensor": 2, "sequence": True}
-MIXTURE = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "norm_topk_prob": True,
-}
 # three layers, two of them on the first of two stages
 CASES = [
     (1, Case({})),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.course.lesson_files import reward_run, sft_run, write_files
-from tests.multi_rank.test_resume_layouts import MIXTURE
+from tests.multi_rank.role_cases import MIXTURE
 from tests.ranks import run_ranks
 
 STEPS = 8

@@ -15,17 +15,9 @@ import torch.distributed as dist
 from megarl.checkpoint.sharded import whole
 from megarl.checkpoint.sources import CheckpointFiles, CheckpointSource
 from tests.course.lesson_files import read_metrics, sft_run, write_files
+from tests.multi_rank.role_cases import MIXTURE
 from tests.ranks import run_ranks
 
-MIXTURE = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "norm_topk_prob": True,
-}
 DENSE = {"num_hidden_layers": 4, "vocab_size": 61}  # no multiple of anything: the vocabulary is padded
 PLAIN = {"distributed_optimizer": False}
 SEQUENCE = {"tensor": 2, "sequence": True}

@@ -5,7 +5,7 @@ import pytest
 from megarl.checkpoint.restore import spec_differences
 from megarl.models.family import spec_from_hf_config
 from tests.course.lesson_files import SHAPE
-from tests.multi_rank.test_resume_layouts import MIXTURE
+from tests.multi_rank.role_cases import MIXTURE
 
 
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE | MIXTURE], ids=["dense", "mixture"])
