@@ -83,14 +83,16 @@ class Goodput:
 
 
 def starts_of(events: Sequence[dict[str, Any]]) -> list[Start]:
-    """The starts of a run, from its events in order of time. What was said between two starts belongs to the first of them."""
+    """The starts of a run, from its events in order of time. What was said between two starts belongs to the first of them.
+
+    A start that was cut off and comes back beside a newer one does nothing that counts: what it says then is left out.
+    """
     found: list[Start] = []
     for event in events:
         if event["event"] == "start":
             found.append(Start(str(event.get("attempt")), event["time"] - event.get("age", 0.0), event["time"]))
-        if not found:
-            continue
-        _take(found[-1], event)
+        if found and found[-1].attempt == str(event.get("attempt")):
+            _take(found[-1], event)
     return found
 
 

@@ -59,6 +59,12 @@ def test_steps_are_lost_when_a_later_start_begins_before_them_not_when_it_has_do
     assert sum(parts) == pytest.approx(found.wall_s)
 
 
+def test_a_start_that_comes_back_beside_a_newer_one_counts_no_more():
+    second = [event | {"attempt": "b"} for event in lesson()[7:]]
+    late = [at(90, "step", step=4), at(95, "phase", name="save", step=4, seconds=2.0), at(96, "end", step=4, outcome="FencedError")]
+    assert goodput(sorted([*lesson()[:7], *second, *late], key=lambda event: event["time"])) == goodput(lesson())
+
+
 def test_what_a_process_did_before_it_said_so_is_setup():
     events = lesson()
     events[7] = at(67, "start", age=6.0)
