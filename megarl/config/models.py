@@ -38,7 +38,8 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-5
     router_balance: Annotated[float, Field(ge=0)] = 0.0  # coefficient of the load-balancing loss of a mixture's routers
     clip_grad: Annotated[float, Field(ge=0)] = 1.0  # largest global gradient norm; 0 turns clipping off
-    max_skipped_updates: Positive = 8  # updates in a row whose loss or gradient is not finite, before the run stops
+    skip_above: Annotated[float, Field(ge=0)] = 0.0  # gradient norm above which an update is skipped; 0: it is clipped like others
+    max_skipped_updates: Positive = 8  # updates in a row that are skipped (skip_above, or no finite number), before the run stops
 
 
 class ModelConfig(Section):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megarl.config import OptimizerConfig
 from megarl.errors import LearningError
 from megarl.parallel.layout import ParallelLayout
 
@@ -25,30 +26,35 @@ JUMP = 10.0  # a loss so many times farther from the median than most
 class UpdateGuard:
     """Of one learner. `num_skipped` counts the updates in a row that were not made.
 
-    Args: `name` of the model in messages; after `max_skipped` skipped updates in a row the run stops; `directory` gets the batches of
-    skipped updates, None: they are not written.
+    Args: `name` of the model in messages; `config` says which gradient is too large and after how many skipped updates in a row the run
+    stops; `directory` gets the batches of skipped updates, None: they are not written.
     """
 
-    def __init__(self, name: str, max_skipped: int, layout: ParallelLayout, directory: Path | None):
-        self.name, self.max_skipped, self.num_skipped = name, max_skipped, 0
+    def __init__(self, name: str, config: OptimizerConfig, layout: ParallelLayout, directory: Path | None):
+        self.name, self.config, self.num_skipped = name, config, 0
         self._layout, self._directory, self._num_dumps = layout, directory, 0
         self._losses: deque[float] = deque(maxlen=MANY)
 
     def allows(self, loss: float, grad_norm: float, step: int, batch: Any) -> bool:
-        """Whether the update of optimizer step `step` may be made: loss and gradient norm, equal on all ranks, are finite numbers.
+        """Whether the update of optimizer step `step` may be made: loss and gradient norm, equal on all ranks, are finite numbers, and the
+        norm is not above `skip_above`.
 
         A batch whose update may not is written down. A loss that jumps is said. Raises `LearningError` on every rank.
         """
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        too_large = 0 < self.config.skip_above < grad_norm
+        if math.isfinite(loss) and math.isfinite(grad_norm) and not too_large:
             self.num_skipped = 0
             self._look_for_jump(loss, step)
             return True
         self.num_skipped += 1
         what = f"{self.name}: the update of optimizer step {step} is skipped: loss {loss:g}, gradient norm {grad_norm:g}"
+        if too_large:
+            what += f" above {self.name}.optimizer.skip_above={self.config.skip_above:g}"
         written = self._write(step, batch)
-        if self.num_skipped >= self.max_skipped:
+        if self.num_skipped >= self.config.max_skipped_updates:
             raise LearningError(
-                f"{what}; so were the {self.num_skipped - 1} before it ({self.name}.optimizer.max_skipped_updates={self.max_skipped})."
+                f"{what}; so were the {self.num_skipped - 1} before it"
+                f" ({self.name}.optimizer.max_skipped_updates={self.config.max_skipped_updates})."
                 " The weights are those from before the first of them, and so is the newest checkpoint:"
                 f" look at the batches{written}, or continue with a lower {self.name}.optimizer.lr"
             )

@@ -64,7 +64,7 @@ class Learner(Replica):
         packing, sharing = packing_of(spec, parallel), sharing_of(spec, role, parallel, layout)
         super().__init__(_wrapped(chunks, parallel), layout, parallel.microbatch_size, packing, sharing)
         self.config, self.total_steps = optimizer, total_steps
-        self.guard = guard or UpdateGuard(role, optimizer.max_skipped_updates, layout, None)
+        self.guard = guard or UpdateGuard(role, optimizer, layout, None)
         self.num_steps = 0  # optimizer steps tried, skipped ones included: the schedule's clock
         self.num_updates = 0  # optimizer steps made: Adam's clock
         self._optimizer = megatron_optimizer.get_megatron_optimizer(
@@ -88,8 +88,8 @@ class Learner(Replica):
         stages share the head, on each of them with its share; its losses are divided by global denominators already and are summed.
         Rows may be dummies or dealt to another stage (length 0, masks False): they must add nothing. The gradients of `more` batches,
         each with its own head and loss, are added to those of the first; every rank gives equally many.
-        A loss or a gradient norm that is not finite skips the update on all ranks alike. Raises `LearningError` after
-        `max_skipped_updates` in a row.
+        A loss or a gradient norm that is not finite, or a norm above `skip_above`, skips the update on all ranks alike. Raises
+        `LearningError` after `max_skipped_updates` in a row.
 
         Returns the metrics of this replica's rows on every rank of the replica, with `grad_norm` (of the update, before clipping),
         `lr`, `skipped_updates` and, of a mixture that is balanced, `router_balance` added: reduce them over data-parallel ranks.

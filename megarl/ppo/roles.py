@@ -52,7 +52,7 @@ def build_learner(
     chunks = build_model(spec, role, run.parallel, run.precision, layout)
     freeze_lowest(chunks, model.frozen_layers)
     name = role if isinstance(run, PpoRun) else "model"
-    guard = UpdateGuard(name, model.optimizer.max_skipped_updates, layout, run.output_dir / SKIPPED)
+    guard = UpdateGuard(name, model.optimizer, layout, run.output_dir / SKIPPED)
     learner = Learner(chunks, model.optimizer, run.parallel, run.precision, layout, total_steps, ema_decay, guard)
     pieces = source_pieces(learner.chunks, spec.table(role))
     load_pieces(pieces, source)
