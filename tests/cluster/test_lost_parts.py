@@ -10,6 +10,7 @@ from tests.cluster.slurm_cluster import Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 STEPS, EVERY = 14, 2
+LONG = 40  # steps that outlast the time Slurm needs to miss a daemon: the run itself does not
 HEALED_S = 150  # Slurm takes its time to trust a node again
 RANKS, LAUNCHER, BATCH = "[-]m megarl sft", "megarl.launcher", "launch/attempts.sh"
 
@@ -27,9 +28,9 @@ def peace(cluster, root) -> Job:
     return job
 
 
-def under_way(cluster, root, name: str) -> tuple[Job, list[str]]:
+def under_way(cluster, root, name: str, steps: int = STEPS) -> tuple[Job, list[str]]:
     """A job that has published a checkpoint and takes 2 s a step; its nodes."""
-    job = lesson(cluster, root, name, STEPS, EVERY).submit(**SLOWLY)
+    job = lesson(cluster, root, name, steps, EVERY).submit(**SLOWLY)
     job.wait_for(lambda: job.newest() >= EVERY, START_S, "first checkpoint")
     return job, job.nodes()
 
@@ -94,8 +95,10 @@ def test_power_cut(cluster, root, peace, what, place):
     cluster.wait_until_idle()
 
 
-def test_a_daemon_dies_and_the_ranks_of_its_node_live_on(cluster, root, peace):
-    job, nodes = under_way(cluster, root, "daemon")
+def test_a_daemon_dies_and_the_ranks_of_its_node_live_on(cluster, root):
+    peace = lesson(cluster, root, "long-peace", LONG, EVERY).submit()
+    peace.wait()
+    job, nodes = under_way(cluster, root, "daemon", LONG)
     since, kept, down = lost(job, nodes[1], cluster.kill_daemon)
     ended_as_in_peace(job, peace, kept, "R3: daemon dead for good", since, down)
     cluster.start_daemon(nodes[1])

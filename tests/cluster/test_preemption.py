@@ -1,5 +1,6 @@
 """R6: a run that is stopped again and again, by every way a cluster has, is at its end the run that was never stopped."""
 
+import statistics
 import time
 from datetime import datetime
 
@@ -51,12 +52,23 @@ def chained(job: Job, ways: list[str], apart: int) -> list[tuple[str, float, flo
     return measured
 
 
-def test_a_lesson_stopped_in_every_way_ends_as_if_it_had_not_been(cluster, tmp_path):
-    peace = lesson(cluster, tmp_path, "peace", 30).submit()
+@pytest.mark.parametrize(
+    ("steps", "ways"),
+    [
+        (30, ["requeue", "file", "limit"]),
+        pytest.param(70, [*["requeue", "signal", "file"] * 6, "limit", "signal"], marks=pytest.mark.timeout(2400)),
+    ],
+    ids=["every way", "twenty times"],
+)
+def test_a_lesson_that_is_stopped_ends_as_if_it_had_not_been(cluster, tmp_path, steps, ways):
+    peace = lesson(cluster, tmp_path, "peace", steps).submit()
     peace.wait()
-    job = lesson(cluster, tmp_path, "stopped", 30).submit(WARNING, MEGARL_LEAD_S="1", **SLOWLY)
-    chained(job, ["requeue", "file", "limit"], 2)
+    job = lesson(cluster, tmp_path, "stopped", steps).submit(WARNING, MEGARL_LEAD_S="1", **SLOWLY)
+    measured = chained(job, ways, 2)
     assert_equal(job, peace)
+    for number, name in ((1, "drained"), (2, "training again")):
+        seconds = sorted(row[number] for row in measured)
+        print(f"R6: {len(ways)} of {len(ways)}; {name} after {statistics.median(seconds):.0f} s ({seconds[0]:.0f} to {seconds[-1]:.0f})")
     cluster.wait_until_idle()
 
 
