@@ -3,7 +3,8 @@
 It reads the heartbeats of the node's ranks once a second. A phase that takes much longer than it ever did in this run is a hang: the
 stacks of all ranks are written down, the rank that the others wait for is named, and the ranks are killed, so that whoever started the
 launcher starts again from the newest checkpoint. Ranks that compute much longer than the others are named as well, and left alone; those
-whose launcher is gone are killed. Monitors of one run tell one another about their ranks through `watch/<host>.json` in the run's folder.
+whose launcher is gone are killed, and so are those that a job's SIGTERM finds waiting for a node that was lost. Monitors of one run tell
+one another about their ranks through `watch/<host>.json` in the run's folder.
 Imports nothing heavy.
 """
 
@@ -25,6 +26,7 @@ from megarl.operations.events import NAME, EventLog
 from megarl.operations.verdict import Limits, Suspect, stragglers, suspects
 
 LOOK_S = 1.0
+ENDING = Limits(floor_s=10.0, factor=3.0)  # what a phase may still take when the job is being ended: Slurm's KillWait is 30 s
 LOST_S = 4.0  # for the other ranks to notice that one has died
 STILL_S = 5.0  # longer than it wanted to sleep: this process stood still itself, as when a whole job is suspended
 TELL_S = 5.0  # between two notes to the other monitors
@@ -41,6 +43,7 @@ class Watch:
     folder: Path
     limits: Limits = Limits()
     is_killing: bool = True
+    is_ending: bool = False  # the job has been sent SIGTERM
     host: str = field(default_factory=socket.gethostname)
     identities: dict[int, str] = field(default_factory=dict)
     records: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -69,10 +72,10 @@ class Watch:
         """Records of ranks that have not left."""
         return [record for _, record in sorted(self.records.items()) if record["phase"] != heartbeat.ENDED]
 
-    def overdue(self, now: float) -> list[tuple[dict[str, Any], float]]:
+    def overdue(self, now: float, limits: Limits | None = None) -> list[tuple[dict[str, Any], float]]:
         """Ranks over their phase's limit, with the limit."""
-        records = list(self.records.values())
-        found = [(record, self.limits.of(record["phase"], records, self.before)) for record in self.running()]
+        records, limits = list(self.records.values()), limits or self.limits
+        found = [(record, limits.of(record["phase"], records, self.before)) for record in self.running()]
         return [(record, limit) for record, limit in found if now - max(record["since"], self.awake_since) > limit]
 
     def lost(self, now: float) -> list[int]:
@@ -81,6 +84,14 @@ class Watch:
         gone = [rank for rank in ranks if stacks.started(self.records[rank]["pid"]) != self.identities[rank]]
         self.lost_since = (self.lost_since or now) if 0 < len(gone) < len(ranks) else 0.0
         return gone if self.lost_since and now - self.lost_since > LOST_S else []
+
+    def cannot_stop(self, now: float) -> list[str]:
+        """Ranks of a job that is being ended which will not reach the end of their step, in words: they wait for a node that was lost."""
+        late = self.overdue(now, ENDING) if self.is_ending else []
+        return [
+            f"rank {record['rank']}, {now - record['since']:.0f} s in phase {record['phase'] or 'between others'} of step {record['step']}"
+            for record, _ in late
+        ]
 
     # ---------------------------------------------------------------- a hang
     def report(self, now: float, limit: float) -> list[Suspect]:
@@ -184,6 +195,9 @@ def watch(state: Watch, parent: int) -> Iterator[float]:
             names = ", ".join(map(str, lost))
             print(f"megarl: rank {names} is gone and others of this host still wait for it: they are ended", file=sys.stderr, flush=True)
             state.kill()
+        if state.is_killing and (late := state.cannot_stop(now)):
+            print(f"megarl: the job is being ended, and these cannot stop in time: {'; '.join(late)}", file=sys.stderr, flush=True)
+            state.kill()
         state.tell(now)
         for warning in state.straggling():
             print(warning, file=sys.stderr, flush=True)
@@ -246,8 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True)
     parsed = parser.parse_args(arguments)
     state = Watch(parsed.folder, Limits(parsed.floor, parsed.factor, parsed.first), not parsed.warn_only)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # what a whole job gets: it goes with the launcher
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # what a whole job gets: it goes with the launcher
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: setattr(state, "is_ending", True))
     try:
         for _ in watch(state, parsed.parent):
             pass

@@ -115,3 +115,13 @@ def test_ranks_that_wait_for_a_dead_one_are_found_after_a_while(tmp_path):
     assert [lost_at(seconds) for seconds in (0, 3, 5)] == [[], [], [1]]
     assert lost_at(6, rank1="failed") == [1] and lost_at(7, rank1="ended") == []
     assert lost_at(8) == [] and lost_at(13) == [1], "its clock starts anew"
+
+
+def test_a_job_that_is_being_ended_does_not_wait_for_what_a_lost_node_holds(tmp_path):
+    watch = Watch(tmp_path, Limits())
+    watch.records = {0: record(0, longest={"learn": 2.0}), 1: record(1, phase="save", since=NOW - 60, longest={})}
+    assert watch.cannot_stop(NOW) == [], "nobody has asked it to end"
+    watch.is_ending = True
+    assert watch.cannot_stop(NOW) == ["rank 0, 60 s in phase learn of step 7"], "a first save takes as long as it takes"
+    watch.records[0] |= {"longest": {"learn": 25.0}}
+    assert watch.cannot_stop(NOW) == [], "it may well end in time"
