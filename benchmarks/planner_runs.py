@@ -1,6 +1,7 @@
 """Real training steps on this host's ranks, with the bytes they allocate and send, to compare plans with."""
 
 import ctypes
+import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -119,6 +120,7 @@ def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     found: dict[str, Any] = {"resident": {}, "peak": {}, "other": {}, "sent": {}}
 
     def measured(phase: str, *passes: Callable[[], Any]) -> None:
+        gc.collect()  # cycles of the passes before
         resident, start = sum(phases.resident_bytes().values()), bytes_in_use()
         with Ledger() as ledger:
             for one in passes:

@@ -35,9 +35,10 @@ def layer_bytes(spec: ModelSpec, parallel: ParallelConfig, kernels: Kernels, pre
     queries, keys = spec.num_heads * spec.head_dim / tensor, spec.num_kv_heads * spec.head_dim / tensor
     norms = _norms(spec, kernels, width, hidden / outer, queries, keys)
     log_sums = 0 if parallel.recompute == "selective" else 4 * spec.num_heads / tensor
-    attention = width * (queries + 2 * keys + queries + keys + queries) + log_sums
-    if context > 1 and kernels == "local":
-        attention += 2 * width * keys * context  # the keys and values of whole sequences
+    if context > 1 and kernels == "local":  # turned queries, keys and values of whole sequences, what two chunks attend to, and that in one
+        attention = width * (queries + 2 * keys * context + queries + queries) + log_sums
+    else:  # projected, turned, and what they attend to
+        attention = width * (queries + 2 * keys + queries + keys + queries) + log_sums
     feed_forward, passing = _feed_forward(spec, kernels, width, tensor, outer)
     rotary = 4 * width * spec.head_dim if kernels == "local" else 0
     gathered = width * hidden if outer > 1 else 0  # whole sequences, on their way into a projection
@@ -45,6 +46,20 @@ def layer_bytes(spec: ModelSpec, parallel: ParallelConfig, kernels: Kernels, pre
     forward = residual + gathered + max(passing, width * (2 * queries + 2 * keys + 3 * queries), norms / 2)
     backward = residual + gathered + passing
     return LayerBytes(norms + attention + feed_forward, rotary, forward, backward)
+
+
+def mask_bytes(spec: ModelSpec, parallel: ParallelConfig, kernels: Kernels, precision: str, positions: int) -> float:
+    """Of a layer of a microbatch, on average: the masks that `models.attention` hands to torch, kept in the compute type until backward.
+
+    There are none where a square of queries and keys is attended causally.
+    """
+    if kernels == "fused" or parallel.recompute == "selective":
+        return 0.0
+    context, own = parallel.context, positions / parallel.context
+    whole = 0.0 if context == 1 else (2 * context + 1) * (own / 2) ** 2  # both chunks of a rank, which together see that many keys
+    seen, local = (0, 0.0) if spec.window is None else (spec.window.num_tokens, sum(spec.window.layers) / len(spec.window.layers))
+    windows = whole if positions <= seen else (own - seen * (context == 1)) * 2 * seen  # a window of queries sees two of keys
+    return (2 if precision == "bf16" else 4) * (whole * (1 - local) + windows * local)
 
 
 def _norms(spec: ModelSpec, kernels: Kernels, width: int, hidden: float, queries: float, keys: float) -> float:
@@ -83,6 +98,10 @@ class Microbatch:
     def tokens(self) -> int:
         return self.positions * self.width
 
+    def selected_on(self, context: int) -> int:
+        """Those of the context-parallel rank with most: responses may fill both of its chunks while other ranks hold prompts."""
+        return self.width * min(-(-self.selected // self.width), self.positions // context)
+
 
 @dataclass(frozen=True)
 class StageActivations:
@@ -108,7 +127,8 @@ def stage_activations(
     one = layer_bytes(spec, parallel, kernels, precision)
     tokens, positions = batch.tokens / parallel.context, batch.positions / parallel.context
     outer = parallel.tensor if parallel.sequence else 1
-    whole = one.kept * tokens + one.kept_position * positions
+    masks = mask_bytes(spec, parallel, kernels, precision, batch.positions)
+    whole = one.kept * tokens + one.kept_position * positions + masks
     boundary = width * spec.hidden_size * tokens / outer  # hidden states between layers
     if parallel.recompute == "full":
         kept, working = layers_in_flight * boundary, whole
@@ -118,7 +138,7 @@ def stage_activations(
     edge = layers_in_flight / max(1, layers_of_chunk) * boundary if width == 2 and parallel.pipeline > 1 else 0.0
     return StageActivations(
         kept=int(kept + edge),
-        passing=int(one.passing * tokens + one.kept_position * positions + ends),
+        passing=int(one.passing * tokens + one.kept_position * positions + masks + ends),
         backward=int(working + one.backward * tokens + ends),
         ends=int(ends),
     )
@@ -139,7 +159,7 @@ def head_bytes(spec: ModelSpec, parallel: ParallelConfig, precision: str, batch:
     width = 2 if precision == "bf16" else 4
     columns = padded_vocab(spec.vocab_size, parallel.tensor) // parallel.tensor
     weight = columns * spec.hidden_size
-    selected = -(-batch.selected // (parallel.context * num_shares))
+    selected = -(-batch.selected_on(parallel.context) // num_shares)
     rows = max(1, min(selected, parallel.logits_bytes // (4 * columns)))
     slices = -(-selected // rows)
     hidden = 2 * width * selected * spec.hidden_size

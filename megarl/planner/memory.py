@@ -17,7 +17,7 @@ from megarl.planner.batch import batch_of, largest_microbatch, text_microbatches
 from megarl.planner.devices import Assumptions, Gpu
 from megarl.planner.flight import layers_in_flight, layers_without_graph
 from megarl.planner.models import PlannedModel, models_of
-from megarl.planner.shards import sampler_elements
+from megarl.planner.shards import Shard, sampler_elements
 
 SYNC_ROUND_BYTES = 256 << 20  # of `bridge.sync`: at most two rounds of sends and two of receives are buffered
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -130,6 +130,8 @@ def _passes(
             found.append(_pass_of(run, model, stage, phase == "learning", batch, microbatches, gpu))
         if phase == "learning" and model.key == "actor" and text is not None:
             found.append(_pass_of(run, model, stage, True, *text, gpu))
+        if phase == "learning" and gpu is None and run.parallel.distributed_optimizer:
+            found.append({"gradients that gloo reduces": _reduced_bytes(model.shards[stage]) if model.is_trained else 0})
     return max(found, key=lambda parts: sum(parts.values()))
 
 
@@ -138,25 +140,33 @@ def _pass_of(
 ) -> dict[str, int]:
     parallel, precision = run.parallel, run.precision
     flight, chunk = layers_in_flight(parallel, model.role, model.spec.num_layers, microbatches)[stage]
-    flight *= 1 - layers_without_graph(parallel, model.shards[stage], stage) / model.shards[stage].num_layers
+    layers = flight * (1 - layers_without_graph(parallel, model.shards[stage], stage) / model.shards[stage].num_layers)
     kernels = kernels_of(model.spec, precision, gpu)
-    used = stage_activations(model.spec, parallel, kernels, precision, batch, flight, chunk)
-    parts = {"activations": used.kept + used.backward if is_learning else used.passing}
+    used = stage_activations(model.spec, parallel, kernels, precision, batch, layers, chunk)
+    kept = used.kept if is_learning else 0
+    width = 2 if precision == "bf16" else 4
+    weight = 0 if model.spec.mixture else model.shards[stage].largest * width  # its gradient, before it is added to the others
+    moments = [{"activations": kept + max(used.backward, used.ends + weight) if is_learning else used.passing}]
+    if is_learning and model.shards[stage].embedding:  # comes last, when nothing of its microbatch's chunk is left
+        embedding = model.shards[stage].embedding * width
+        moments.append({"activations": int(kept * (1 - chunk / flight)) + used.ends, "gradient of the embedding": embedding})
     is_shared = chosen_head(parallel, model.role) == "sharded"
     is_last = stage == parallel.pipeline - 1
+    always = {}
     if model.role == "actor" and (is_shared or is_last):
         head = head_bytes(model.spec, parallel, precision, batch, parallel.pipeline if is_shared else 1)
         is_owner = is_last or (stage == 0 and model.spec.tied)
-        parts["logits"] = head.backward if is_learning else head.forward
+        # after the layers' forward and before their backward: what passes through a layer is not there
+        moments.append({"activations": kept + used.ends, "logits": head.backward if is_learning else head.forward})
         if is_shared and not is_owner:
-            parts["copy of the head"] = head.replica if is_learning else head.replica_forward
-        # the head's moment comes after the layers' forward and before their backward: it and a layer are not there at once
-        layer = used.backward if is_learning else used.passing
-        parts["activations"] = (used.kept if is_learning else 0) + max(used.ends, layer - parts["logits"])
-    if is_learning and not model.spec.mixture:
-        width = 2 if precision == "bf16" else 4
-        parts["gradient of a weight"] = model.shards[stage].largest * width if parts.get("logits", 0) == 0 else 0
-    return parts
+            always["copy of the head"] = head.replica if is_learning else head.replica_forward
+    return max(moments, key=lambda parts: sum(parts.values())) | always
+
+
+def _reduced_bytes(shard: Shard) -> int:
+    """Gloo's reduce-scatter works on a copy of all gradients of a buffer; dense weights have one, experts another. NCCL needs none."""
+    experts = shard.experts - shard.still_experts
+    return 4 * max(shard.learned - experts, experts)
 
 
 class _Sampler:

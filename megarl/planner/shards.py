@@ -38,7 +38,8 @@ class Shard:
     num_layers: int
     dense: int
     experts: int
-    largest: int  # of one weight that learns
+    largest: int  # of one weight in its layers that learns
+    embedding: int = 0  # where it is held and learns
     still: int = 0
     still_dense: int = 0
     still_experts: int = 0
@@ -90,13 +91,13 @@ def shards_of(spec: ModelSpec, role: Role, parallel: ParallelConfig, frozen_laye
                 ends.append(vocabulary if role == "actor" else spec.hidden_size)
             ends.append(spec.hidden_size)  # the last norm
         experts = layer.experts // parallel.expert
-        learning = [layer.largest] * (layers > still) + ends[len(still_ends) :]
         shards.append(
             Shard(
                 num_layers=layers,
                 dense=layers * layer.dense + sum(ends),
                 experts=layers * experts,
-                largest=max(learning, default=0),
+                largest=layer.largest if layers > still else 0,
+                embedding=vocabulary if stage == 0 and not frozen_layers else 0,
                 still=still,
                 still_dense=still * layer.dense + sum(still_ends),
                 still_experts=still * experts,
