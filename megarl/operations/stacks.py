@@ -16,6 +16,7 @@ from megarl.operations.verdict import Process
 
 PY_SPY_S = 3.0
 OWN_DUMP_S = 1.0
+KILLED_S = 2.0  # a process that sleeps in the kernel ends when it wakes up
 
 
 def look(pid: int) -> Process:
@@ -111,6 +112,28 @@ def _read(pid: int, name: str) -> str:
         return Path(f"/proc/{pid}/{name}").read_text()
     except OSError:
         return ""
+
+
+def kill_started(variable: str, value: str) -> None:
+    """End every process that was started with `variable`=`value` in its environment but this one, and what those start meanwhile."""
+    wanted, deadline = f"{variable}={value}".encode(), time.monotonic() + KILLED_S
+    while time.monotonic() < deadline and (found := [pid for pid in _pids() if wanted in _environment(pid)]):
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _pids() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and int(path.name) != os.getpid()]
+
+
+def _environment(pid: int) -> list[bytes]:
+    """Empty for processes of other users, and for those that have ended."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def kill(record: Mapping[str, Any], identity: str) -> None:

@@ -271,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getppid() != parsed.parent:  # the launcher was killed: nobody else would end its ranks, and another start may follow
         state.look()
         state.kill()
+        stacks.kill_started(heartbeat.FOLDER, str(parsed.folder))  # those too that had no heartbeat yet
         shutil.rmtree(parsed.folder, ignore_errors=True)
     return 0
 

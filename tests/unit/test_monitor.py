@@ -1,0 +1,40 @@
+"""The monitor's own process, beside a launcher that is only a shell."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LAUNCHER = """
+MEGARL_HEARTBEAT={folder} sleep 100 & echo $!; kill -STOP $!
+MEGARL_HEARTBEAT={folder}-of-another-run sleep 100 & echo $!
+MEGARL_HEARTBEAT={folder} {python} -m megarl.operations.watchdog --folder {folder} --parent $$ & echo $!
+wait
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_ranks_that_had_no_heartbeat_yet_go_with_their_launcher_too(tmp_path):
+    """Stopped while it imported, such a rank held the output of its job open, and Slurm waited a minute for it."""
+    folder = tmp_path / "heartbeats"
+    folder.mkdir()
+    script = LAUNCHER.format(folder=folder, python=sys.executable)
+    with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True) as launcher:
+        rank, other, monitor = (int(launcher.stdout.readline()) for _ in range(3))
+        try:
+            os.kill(launcher.pid, signal.SIGKILL)
+            end = time.monotonic() + 20
+            while any(map(is_alive, (rank, monitor))) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert not is_alive(rank) and not is_alive(monitor) and not folder.exists()
+            assert is_alive(other), "another run's"
+        finally:
+            os.killpg(launcher.pid, signal.SIGKILL)
