@@ -63,13 +63,16 @@ def is_earlier_start(epoch: str, other: str) -> bool:
 def end(run: Path, epoch: str, exit_code: int, limit: int) -> str:
     """How the attempt ended, as one word: an outcome, `fenced` when a newer attempt is in charge, `bad-hosts` when it has found some.
 
-    `retry` becomes `no-progress` when so many attempts (`limit`) in a row have published no checkpoint.
+    `retry` becomes `no-progress` when so many attempts (`limit`) in a row have published no checkpoint. Ranks that have saved and stopped
+    where nobody had asked for it, since a launcher was lost and Slurm sends SIGTERM to those that are left, are a `retry`.
     """
     if not outcome.is_current(run, epoch):
         return FENCED
     found = outcome.read(run)
     if found is None or found.epoch != epoch:
         found = Outcome("retry", epoch, newest_checkpoint(run), f"the ranks ended with exit code {exit_code} and left no word")
+    if found.outcome == "drained" and exit_code != EXIT_CODES["drained"] and not (run / DRAIN).exists():
+        found = Outcome("retry", epoch, found.iteration, f"a launcher was lost (exit code {exit_code}); {found.reason}")
     log, events = EventLog(run / NAME, attempt=epoch), read_events(run)
     known = next((event["bad_hosts"] for event in events if event["event"] == "attempt" and event["attempt"] == epoch), [])
     if found.outcome == "retry" and (new := sorted({*bad_hosts(run)} - {*known})):

@@ -47,6 +47,17 @@ def test_attempts_that_were_asked_to_stop_are_not_counted(tmp_path):
     assert failed(tmp_path, "7-4-2") == "no-progress"
 
 
+@pytest.mark.parametrize(("asked", "code", "word"), [(False, 75, "drained"), (True, 143, "drained"), (False, 143, "retry")])
+def test_ranks_that_stop_since_a_launcher_was_lost_start_again_in_the_same_job(tmp_path, asked, code, word):
+    """Slurm ends what is left of the step by SIGTERM, at which ranks save and stop: the job keeps its nodes."""
+    attempts.begin(tmp_path, "7-0-1")
+    if asked:
+        (tmp_path / "drain").write_text("SIGTERM\n")
+    Outcome("drained", "7-0-1", 12, "a rank was asked to stop: stopped after 12 of 20 steps").write(tmp_path)
+    assert attempts.end(tmp_path, "7-0-1", code, 3) == word and outcome.read(tmp_path).outcome == word
+    assert ("a launcher was lost (exit code 143)" in outcome.read(tmp_path).reason) == (word == "retry")
+
+
 def test_an_attempt_that_found_a_bad_host_is_not_counted(tmp_path):
     for number, name in enumerate(("n1", "n2", "n3"), 1):
         assert attempts.begin(tmp_path, f"7-{number}-1") == attempts.BEGUN
