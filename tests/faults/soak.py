@@ -33,11 +33,14 @@ def strike_at_random(strike: Callable[[str, float], bool], seconds: float, mean_
 
     `strike(action, where)` does one, 0 <= where < 1, and says whether anything was there to be hit. What comes when is the seed's alone.
     """
-    rng, until, struck = random.Random(seed), time.monotonic() + seconds, Counter()
-    while (left := until - time.monotonic()) > 0:
-        time.sleep(min(rng.expovariate(1 / mean_s), left))
+    rng, struck, begun = random.Random(seed), Counter(), time.monotonic()
+    moment = rng.expovariate(1 / mean_s)
+    while moment < seconds:
+        time.sleep(max(0.0, begun + moment - time.monotonic()))
         action = rng.choice(ACTIONS)
         struck[action] += strike(action, rng.random())
+        moment += rng.expovariate(1 / mean_s)
+    time.sleep(max(0.0, begun + seconds - time.monotonic()))
     return struck
 
 
