@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 LAUNCHER = """
-MEGARL_HEARTBEAT={folder} sleep 100 & echo $!; kill -STOP $!
+MEGARL_HEARTBEAT={folder} sleep 100 & echo $!; until [[ $(</proc/$!/comm) == sleep ]]; do :; done; kill -STOP $!
 MEGARL_HEARTBEAT={folder}-of-another-run sleep 100 & echo $!
 MEGARL_HEARTBEAT={folder} {python} -m megarl.operations.watchdog --folder {folder} --parent $$ & echo $!
 wait
