@@ -167,6 +167,8 @@ def _start(inspection: Inspection) -> ParallelLayout:
     from megarl.operations import preflight
     from megarl.parallel import groups
 
+    if preflight.is_wanted():
+        preflight.count_gpus(inspection.run.output_dir)
     layout = groups.initialize(inspection.run.parallel, inspection.run.seed)
     if preflight.is_wanted():
         preflight.preflight(inspection.run.output_dir)

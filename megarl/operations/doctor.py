@@ -57,10 +57,17 @@ def accelerators() -> list[Check]:
     """GPUs, their memory, who else uses them, and memory errors."""
     import torch
 
-    gpus = host.gpus()
-    if not gpus:
+    text, trouble = host.ask_gpus()
+    gpus = host.parse_gpus(text)
+    found = [
+        Check("GPU", "warning", f"nvidia-smi says: {line.strip()}", "it is lost, unless MIG divides it")
+        for line in text.splitlines()
+        if line[:1].isdigit() and not host.parse_gpus(line)
+    ]
+    if trouble:
+        found.append(Check("nvidia-smi", "warning", trouble, "a GPU or the driver does not answer: have the node looked at"))
+    if not gpus and not found:
         return [Check("GPUs", "absent", "none: this host computes on its CPU")]
-    found = []
     visible = torch.cuda.device_count()
     if visible == 0:
         found.append(Check("CUDA", "fault", f"torch sees none of {len(gpus)} GPUs", "compare the driver with torch's CUDA version"))

@@ -27,13 +27,22 @@ class Gpu:
 
 def gpus() -> list[Gpu]:
     """The GPUs of this host; none where there is no working nvidia-smi."""
+    return parse_gpus(ask_gpus()[0])
+
+
+def ask_gpus() -> tuple[str, str]:
+    """(nvidia-smi's lines of GPUs, what it complains of); both empty where there is none."""
     query = "index,name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return parse_gpus(done.stdout) if done.returncode == 0 else []
+    except OSError:
+        return "", ""
+    except subprocess.TimeoutExpired:
+        return "", f"no answer within {COMMAND_S:g} s"
+    if done.returncode == 0:
+        return done.stdout, ""
+    return done.stdout, " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
 
 
 def parse_gpus(text: str) -> list[Gpu]:

@@ -9,10 +9,11 @@ import os
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,17 @@ import torch.distributed as dist
 from megarl.errors import ConfigError, SetupError
 from megarl.operations import host
 from megarl.operations.attempts import BAD_HOSTS_FILE, bad_hosts
+from megarl.operations.links import judge_pairs, measure_pairs
 from megarl.parallel import collectives, device
 
-BUDGET_S = 15.0  # for the pairs of hosts: as many rounds as fit
-PAIR_BYTES, REDUCE_BYTES = 4 << 20, 1 << 20
+BUDGET_S = 12.0  # for the pairs of hosts: as many rounds as fit
+REDUCE_BYTES = 1 << 18
 CLOCK_S = 2.0  # between a host and the middle of all
-MOST_ROUNDS = 8
-SLOW = 3.0  # times slower than the better pairs
-LEAST_SHARED, LEAST_MEMORY = 256 << 20, 1 << 30
+LEAST_SHARED, LEAST_MEMORY, LEAST_DISK = 256 << 20, 1 << 30, 256 << 20
 FREE_SHARE = 0.8  # of a GPU's memory
 REPORT = "preflight.json"
 NODE = "SLURMD_NODENAME"  # what Slurm calls this host; its own name may be longer
+SLURM_GPUS, HEAD_GPUS = "SLURM_GPUS_ON_NODE", "MEGARL_HOST_GPUS"
 WISH = "MEGARL_PREFLIGHT"
 
 
@@ -60,6 +61,27 @@ def is_wanted() -> bool:
     return wish == "on" or (wish == "auto" and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1)
 
 
+def count_gpus(run: Path) -> None:
+    """Whether every rank of this host has a GPU, before any is used: without one it could not even join the others. Every rank calls it.
+
+    Raises `SetupError` where Slurm, or the host that started the job, counts more GPUs than torch sees: this host is bad then. Ranks that
+    are too many for any host are the user's mistake, which `groups.initialize` refuses.
+    """
+    found, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    promised = max(int(os.environ.get(variable) or 0) for variable in (SLURM_GPUS, HEAD_GPUS))
+    if torch.version.cuda is None or found >= ranks or promised < ranks:
+        return
+    name = _own_name()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError), (run / BAD_HOSTS_FILE).open("a") as file:
+            file.write(f"{name}\n")
+    raise SetupError(f"{name} shows {found} GPUs, expected {promised}: see nvidia-smi there ({run / BAD_HOSTS_FILE} names it)")
+
+
+def _own_name() -> str:
+    return os.environ.get(NODE) or socket.gethostname()
+
+
 def preflight(run: Path, name: str | None = None, own_faults: Callable[[Path], list[str]] | None = None) -> Findings:
     """Examine all hosts of the world. Every rank calls it; raises `SetupError` on all of them, naming the bad hosts.
 
@@ -67,7 +89,7 @@ def preflight(run: Path, name: str | None = None, own_faults: Callable[[Path], l
     """
     group = dist.new_group()  # its connections end with it
     try:
-        found = _examine(run, name or os.environ.get(NODE) or socket.gethostname(), own_faults or faults_of_this_host, group)
+        found = _examine(run, name or _own_name(), own_faults or faults_of_this_host, group)
     finally:
         dist.destroy_process_group(group)
     _conclude(run, found, dist.get_rank())
@@ -79,13 +101,13 @@ def _examine(run: Path, name: str, own_faults: Callable[[Path], list[str]], grou
     hosts = collectives.gather_json(name, group)
     first = {host_name: rank for rank, host_name in reversed(list(enumerate(hosts)))}
     is_speaker, leaders = first[name] == dist.get_rank(group), sorted(first.values())
-    faults = [(name, fault) for fault in own_faults(run)] if is_speaker else []
+    faults = [(name, fault) for fault in [*(own_faults(run) if is_speaker else ()), *faults_of_this_gpu()]]
     _probe(run, name).touch() if is_speaker and not faults else None
     clocks = _clocks(hosts, group)
     if is_speaker and not faults:
         faults += _unseen(run, name, [hosts[rank] for rank in leaders])
     milliseconds = _time_all_reduce(group)
-    pairs = _pairs(leaders, hosts, group, began + BUDGET_S)
+    pairs = measure_pairs(leaders, hosts, group, began + BUDGET_S)
     collectives.gather_json(None, group)  # everyone has looked at the probes
     if is_speaker:
         _probe(run, name).unlink(missing_ok=True)
@@ -112,19 +134,23 @@ def faults_of_this_host(run: Path) -> list[str]:
         found.append(f"only {free >> 20} MiB of shared memory are free, expected {LEAST_SHARED >> 20}")
     if (free := host.free_memory()) < LEAST_MEMORY:
         found.append(f"only {free >> 20} MiB of memory are free, expected {LEAST_MEMORY >> 20}")
+    for place in (run, Path(tempfile.gettempdir())):
+        if (free := host.free_bytes(place)) < LEAST_DISK:
+            found.append(f"only {free >> 20} MiB of the disk of {place} are free, expected {LEAST_DISK >> 20}")
     if device.is_cuda():
-        found += _gpu_faults()
+        found += [f"GPU {gpu.index} has {gpu.ecc_errors} uncorrected memory errors" for gpu in host.gpus() if gpu.ecc_errors]
     return found
 
 
-def _gpu_faults() -> list[str]:
-    found = [f"GPU {gpu.index} has {gpu.ecc_errors} uncorrected memory errors" for gpu in host.gpus() if gpu.ecc_errors]
-    expected = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for index in range(min(expected, torch.cuda.device_count())):
-        free, total = torch.cuda.mem_get_info(index)
-        if free < FREE_SHARE * total:
-            found.append(f"only {free >> 30} of {total >> 30} GiB of GPU {index} are free: another process uses it")
-    return found
+def faults_of_this_gpu() -> list[str]:
+    """What is wrong with this rank's GPU. Each rank looks at its own: looking at another one takes memory from it for good."""
+    if not device.is_cuda():
+        return []
+    index = torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(index)
+    if free >= FREE_SHARE * total:
+        return []
+    return [f"only {free >> 30} of {total >> 30} GiB of GPU {index} are free: another process uses it"]
 
 
 def _probe(run: Path, name: str) -> Path:
@@ -133,8 +159,8 @@ def _probe(run: Path, name: str) -> Path:
 
 def _unseen(run: Path, name: str, others: Sequence[str]) -> list[tuple[str, str]]:
     """Hosts whose file this one cannot see: the folder is not shared."""
-    os.listdir(run)  # network file systems look again when a directory is read
-    missing = [other for other in others if not _probe(run, other).exists()]
+    seen = set(os.listdir(run))  # network file systems look again when a directory is read, and are asked once instead of once a host
+    missing = [other for other in others if _probe(run, other).name not in seen]
     if len(missing) < max(2, len(others) // 2):  # those whose own file is missing have a fault of their own
         return []
     return [(name, f"it does not see what {', '.join(missing[:3])} wrote to {run}: the folder must be on a shared file system")]
@@ -151,8 +177,8 @@ def _clocks(hosts: Sequence[str], group: dist.ProcessGroup) -> dict[str, float]:
 def _time_all_reduce(group: dist.ProcessGroup) -> float:
     """Milliseconds of one small all-reduce, whose sum is checked. Raises `SetupError` where it is wrong."""
     size = group.size()
-    for _ in range(2):  # the first one makes connections
-        tensor = torch.full((REDUCE_BYTES // 4,), 1.0, device=device.device())
+    for num_bytes in (4, REDUCE_BYTES):  # the first one makes connections
+        tensor = torch.full((num_bytes // 4,), 1.0, device=device.device())
         began = time.monotonic()
         dist.all_reduce(tensor, group=group)
         device.synchronize()
@@ -163,74 +189,6 @@ def _time_all_reduce(group: dist.ProcessGroup) -> float:
             f"an all-reduce over {size} ranks gave {float(tensor.min())} to {float(tensor.max())}; expected {size}: broken network"
         )
     return seconds * 1e3
-
-
-def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Every pair of `count` players once, in rounds in which nobody plays twice (the circle method)."""
-    players = [*range(count), *([-1] if count % 2 else [])]
-    found = []
-    for _ in range(len(players) - 1):
-        half = len(players) // 2
-        matches = zip(players[:half], reversed(players[half:]))
-        found.append([(min(a, b), max(a, b)) for a, b in matches if -1 not in (a, b)])
-        players = [players[0], players[-1], *players[1:-1]]
-    return found
-
-
-def _pairs(leaders: Sequence[int], hosts: Sequence[str], group: dist.ProcessGroup, deadline: float) -> list[tuple[str, str, float]]:
-    """Bandwidth between hosts, as many rounds of pairs as fit before the deadline. Every rank calls it."""
-    rank, found = dist.get_rank(group), []
-    for matches in rounds(len(leaders))[: MOST_ROUNDS if device.is_cuda() else None]:  # NCCL makes buffers for each pair
-        for a, b in matches:
-            if rank in (leaders[a], leaders[b]):
-                other = leaders[b] if rank == leaders[a] else leaders[a]
-                bandwidth = _bandwidth(other, rank < other, group)
-                if rank < other:
-                    found.append((hosts[leaders[a]], hosts[leaders[b]], bandwidth))
-        if any(collectives.gather_json(time.monotonic() > deadline, group)):
-            break
-    return sorted(tuple(pair) for part in collectives.gather_json(found, group) for pair in part)
-
-
-def _bandwidth(other: int, is_first: bool, group: dist.ProcessGroup) -> float:
-    """Bytes a second to and from another rank, the best of three; a first message makes the connection."""
-    seconds = []
-    for size in (1, PAIR_BYTES, PAIR_BYTES, PAIR_BYTES):
-        tensor = torch.zeros(size, dtype=torch.uint8, device=device.device())
-        began = time.monotonic()
-        steps = [partial(dist.send, tensor, other, group=group), partial(dist.recv, tensor, other, group=group)]
-        for step in steps if is_first else reversed(steps):
-            step()
-        device.synchronize()
-        seconds.append(time.monotonic() - began)
-    return 2 * PAIR_BYTES / max(min(seconds[1:]), 1e-9)
-
-
-def judge_pairs(pairs: Sequence[tuple[str, str, float]]) -> tuple[list[tuple[str, str]], list[str]]:
-    """(hosts that are slow to most others, warnings about single slow pairs). Pure. Fewer than three pairs cannot be compared."""
-    if len(pairs) < 3:
-        return [], []
-    fastest_first = sorted((bandwidth for _, _, bandwidth in pairs), reverse=True)
-    usual = fastest_first[len(pairs) // 4]  # not the middle: one bad host of three makes two slow pairs of three
-    slow = [(a, b, bandwidth) for a, b, bandwidth in pairs if bandwidth < usual / SLOW]
-    faults = []
-    for name in sorted({name for a, b, _ in pairs for name in (a, b)}):
-        own, bad = (sum(name in (a, b) for a, b, _ in some) for some in (pairs, slow))
-        if bad > own / 2 and own > 1:
-            worst = min(bandwidth for a, b, bandwidth in slow if name in (a, b))
-            faults.append(
-                (
-                    name,
-                    f"its link is slow to {bad} of {own} hosts: {worst / 1e6:.0f} MB/s, others have {usual / 1e6:.0f} MB/s",
-                )
-            )
-    guilty = {name for name, _ in faults}
-    warnings = [
-        f"the link between {a} and {b} is slow: {bandwidth / 1e6:.0f} MB/s, others have {usual / 1e6:.0f} MB/s"
-        for a, b, bandwidth in slow
-        if a not in guilty and b not in guilty
-    ]
-    return faults, warnings
 
 
 def _conclude(run: Path, found: Findings, rank: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.operations.preflight import judge_pairs, rounds
+from megarl.operations.links import judge_pairs, rounds
 from tests.ranks import run_ranks
 
 SLOW_HOST = "n2"
@@ -17,7 +17,7 @@ def examine(rank: int, world_size: int, root: Path, name: str, case: str) -> lis
     import torch.distributed as dist
 
     from megarl.errors import SetupError
-    from megarl.operations import preflight
+    from megarl.operations import links, preflight
 
     host = name.format(rank)
     faults = (lambda run: ["its disk is full"]) if case == "disk" and host == SLOW_HOST else preflight.faults_of_this_host
@@ -27,12 +27,22 @@ def examine(rank: int, world_size: int, root: Path, name: str, case: str) -> lis
     if case == "link":
         original = dist.send
 
-        def slow(tensor, other, **options):
-            if tensor.numel() > 1 and SLOW_HOST in (host, name.format(other)):
-                time.sleep(0.3)
+        def slow(tensor, other, **options):  # 1 MB/s
+            if SLOW_HOST in (host, name.format(other)):
+                time.sleep(tensor.numel() / 1e6)
             return original(tensor, other, **options)
 
         dist.send = slow
+    if case == "hiccup":  # one bad moment: the first measurement of each of its pairs
+        original, seen = links._bandwidth, set()
+
+        def late(other, *arguments):
+            bandwidth = original(other, *arguments)
+            is_late = SLOW_HOST in (host, name.format(other)) and other not in seen
+            seen.add(other)
+            return bandwidth / 100 if is_late else bandwidth
+
+        links._bandwidth = late
     began = time.monotonic()
     try:
         found = preflight.preflight(root / case if case != "private" else root / f"private-{rank}", host, faults)
@@ -42,7 +52,7 @@ def examine(rank: int, world_size: int, root: Path, name: str, case: str) -> lis
 
 
 def examine_all(rank: int, world_size: int, root: Path) -> dict:
-    return {case: examine(rank, world_size, root, "n{}", case) for case in ("well", "disk", "clock", "link", "private")}
+    return {case: examine(rank, world_size, root, "n{}", case) for case in ("well", "disk", "hiccup", "clock", "link", "private")}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +68,11 @@ def test_well_hosts_pass_and_leave_their_numbers(reports):
         assert found["faults"] == () and max(map(abs, found["clocks_s"].values())) < 1
     print(f"R20: 4 hosts on one machine take {max(report['well'][1] for report in ranks):.2f} s")
     assert [path.name for path in (root / "well").iterdir()] == ["preflight.json"]
+
+
+def test_one_bad_moment_makes_no_bad_host(reports):
+    _, ranks = reports
+    assert all(report["hiccup"][0]["faults"] == () for report in ranks)
 
 
 @pytest.mark.parametrize(
