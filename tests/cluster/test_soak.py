@@ -16,7 +16,7 @@ from tests.faults.started import QUICK, write_config
 SOAK_S, MEAN_S, SEED = soak_seconds(120), 20, 1
 RANKS, LAUNCHER = "[-]m megarl sft", "[-]m megarl.launcher"
 OPTIONS = ("--nodes=3", "--time=120")
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(6 * SOAK_S + 900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(6 * SOAK_S + 1200)]
 
 
 def lesson(cluster: Cluster, root, name: str, steps: int) -> Job:
@@ -47,7 +47,7 @@ def left_over(cluster: Cluster) -> list[str]:
 def test_a_lesson_hit_every_twenty_seconds(cluster, tmp_path):
     write_files(tmp_path)
     job = lesson(cluster, tmp_path, "hit", 10**6).submit(*OPTIONS, **QUICK, MEGARL_MAX_FRUITLESS="50")
-    job.wait_for_step(1)
+    job.wait_for_step(1, 3 * START_S)
     struck = strike_at_random(striker(cluster), SOAK_S, MEAN_S, SEED)
     time.sleep(FELT_S)
     job.wait_for_step(job.step() + 1, 3 * START_S)
@@ -56,7 +56,7 @@ def test_a_lesson_hit_every_twenty_seconds(cluster, tmp_path):
     assert job.outcome()["outcome"] == "drained" and job.restarts() == 0, job.outcome()
     tell("a lesson in a job on three nodes", job.run, struck, SOAK_S)
     peace = lesson(cluster, tmp_path, "peace", job.newest()).submit(*OPTIONS)
-    peace.wait(timeout_s=START_S + 2 * SOAK_S)
+    peace.wait(timeout_s=3 * START_S + 2 * SOAK_S)
     assert_equal(job, peace)
     assert [line["step"] for line in job.metrics()] == list(range(job.steps()[0], peace.newest() + 1)), "no step twice, none left out"
     assert half_written(job.run) == [] and left_over(cluster) == []
