@@ -5,13 +5,15 @@ the first have files of their own (`events.<host>.jsonl`). A killed run may leav
 """
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 NAME = "events.jsonl"
+SET_BACK_S = 5.0  # less is the difference between the clocks of hosts that write to one file
 GOOD_END = "done"  # outcome of a rank that has finished, or stopped because it was asked to
 
 
@@ -51,8 +53,20 @@ class EventLog:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """Every whole line of every host's events, by time."""
-    found = [event for path in sorted(run.glob("events*.jsonl")) for event in _lines(path)]
+    found = [event for path in sorted(run.glob("events*.jsonl")) for event in _on_one_clock(_lines(path))]
     return sorted(found, key=lambda event: event["time"])
+
+
+def _on_one_clock(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Lines of one file are in the order in which things happened: where a clock was set back, later ones are moved up to it."""
+    behind, last = 0.0, -math.inf
+    for event in events:
+        when = event["time"] + behind
+        if when < last - SET_BACK_S:
+            behind += last - when
+            when = last
+        last = max(last, when)
+        yield event | {"time": when}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

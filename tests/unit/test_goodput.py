@@ -109,6 +109,20 @@ def test_files_of_several_hosts_and_torn_lines_are_read(tmp_path):
     assert path.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize("after", [3, 8, 11])
+def test_a_clock_that_is_set_back_moves_nothing(tmp_path, after):
+    """By an hour, or as on another host that the run was started on again."""
+    events = lesson()
+    moved = [event | {"time": event["time"] - 3600 * (place >= after)} for place, event in enumerate(events)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in moved))
+    found, expected = goodput(read_events(tmp_path)), goodput(events)
+    gap = events[after]["time"] - events[after - 1]["time"]  # nobody can tell how long that was
+    assert found.wall_s == pytest.approx(expected.wall_s - gap)
+    assert (found.steps, found.lost_steps, found.starts, found.failures) == (5, 1, 2, 1)
+    parts = (found.useful_s, found.evaluation_s, found.checkpoint_s, found.setup_s, found.lost_s, found.down_s)
+    assert sum(parts) == pytest.approx(found.wall_s) and min(found.setup_s, found.lost_s, found.down_s) >= 0
+
+
 def test_an_unwritable_diary_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     EventLog(tmp_path / "file" / "events.jsonl").write("start")
