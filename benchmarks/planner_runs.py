@@ -107,6 +107,7 @@ def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     """
     run, spec = case.run, case.spec
     layout = groups.initialize(run.parallel, seed=0)
+    gc.collect()  # a case before this one
     before = bytes_in_use()
     phases = Phases(Sleeper(), case.offload)
     actor = Actor(spec, run, layout, RandomSource(spec.table("actor"), 0))
@@ -120,7 +121,7 @@ def step(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     found: dict[str, Any] = {"resident": {}, "peak": {}, "other": {}, "sent": {}}
 
     def measured(phase: str, *passes: Callable[[], Any]) -> None:
-        gc.collect()  # cycles of the passes before
+        gc.collect()
         resident, start = sum(phases.resident_bytes().values()), bytes_in_use()
         with Ledger() as ledger:
             for one in passes:

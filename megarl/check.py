@@ -19,7 +19,7 @@ from megarl.models.family import ModelSpec
 from megarl.parallel.layout import ParallelLayout
 from megarl.planner.batch import batch_of
 from megarl.planner.devices import DEFAULT_GPU, GIB, GPUS, Assumptions
-from megarl.planner.memory import plan_memory
+from megarl.planner.memory import GENERATORS, plan_memory
 from megarl.planner.models import fullest
 from megarl.ppo.algorithms import ADVANTAGES
 from megarl.rollout.check import sampling_notices, sampling_rows
@@ -212,7 +212,8 @@ def _print_memory(console: Console, inspection: Inspection) -> None:
         table.add_row(_name(inspection, model.key), f"{count:,}", *map(_size, (*parts, owned.total)))
     for phase in plan.names:
         worst = plan.worst(phase)
-        table.add_row(f"all while {phase}", "", "", "", "", _size(worst.total))
+        when = worst.words if phase == GENERATORS else f"while {phase}"
+        table.add_row(f"all {when}", "", "", "", "", _size(worst.total))
     console.print(table)
 
 

@@ -162,8 +162,8 @@ def head_bytes(spec: ModelSpec, parallel: ParallelConfig, precision: str, batch:
     selected = -(-batch.selected_on(parallel.context) // num_shares)
     rows = max(1, min(selected, parallel.logits_bytes // (4 * columns)))
     slices = -(-selected // rows)
-    hidden = 2 * width * selected * spec.hidden_size
+    hidden = width * selected * spec.hidden_size  # backward: and its gradient
     logits = 8 * rows * columns  # float32, once as they are and once as probabilities
     cast = width * rows * columns if width == 2 else 0
     gradient = weight * ((4 if slices > 1 else width) + width)
-    return HeadBytes(hidden + logits, hidden + logits + cast + gradient, weight * (width + 4), weight * width)
+    return HeadBytes(hidden + logits, 2 * hidden + logits + cast + gradient, weight * (width + 4), weight * width)

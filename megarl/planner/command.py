@@ -24,7 +24,7 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="set a key, as for the run itself")
     command.add_argument("--kind", choices=tuple(RUNS), help="what kind of run CONFIG is [by its name or its keys]")
     command.add_argument("--gpus", type=_positive, metavar="N", help="GPUs [as many as CONFIG's cluster has]")
-    command.add_argument("--gpu", choices=sorted(GPUS), default=DEFAULT_GPU, help=f"kind of GPU [{DEFAULT_GPU}]")
+    command.add_argument("--gpu", type=_gpu, default=DEFAULT_GPU, metavar="KIND", help=f"{', '.join(sorted(GPUS))} [{DEFAULT_GPU}]")
     command.add_argument("--network", type=_rate, metavar="RATE", help="one GPU to other nodes, such as 45GB/s or 400Gbit/s [the usual]")
     command.add_argument("--prompt-tokens", type=_positive, metavar="N", help="tokens of an average prompt [the longest]")
     command.add_argument("--response-tokens", type=_positive, metavar="N", help="tokens of an average response or sequence [the longest]")
@@ -37,14 +37,20 @@ def run_plan(parsed: argparse.Namespace) -> int:
     """Plan and print."""
     from megarl.check import inspect
     from megarl.planner import report, search
+    from megarl.planner.larger import larger_machines
     from megarl.planner.plan import make_plan
     from megarl.planner.step_time import Lengths, Machines, longest_lengths
+    from megarl.run_files import model_uses
 
     kind = parsed.kind or kind_of(parsed.config, parsed.overrides)
     inspection = inspect(kind, parsed.config, parsed.overrides, parsed.gpus)
     run, gpu = inspection.run, GPUS[parsed.gpu]
+    unknown = [f"{use.key} ({use.path})" for use in model_uses(run) if use.key not in inspection.specs]
     if not inspection.specs:
-        raise ConfigError(f"{parsed.config}: no model's shape is known; expected a config.json at a model's path or shape")
+        raise ConfigError(
+            f"{parsed.config}: the shapes of {', '.join(unknown)} are not known; expected a config.json in a model's directory, or in one"
+            f" that its key `shape` names"
+        )
     per_node = run.cluster.ranks_per_node if run.cluster is not None else RANKS_PER_NODE
     machines = Machines(gpu, parsed.network or gpu.network_bandwidth, per_node, Assumptions())
     longest = longest_lengths(run)
@@ -56,11 +62,17 @@ def run_plan(parsed: argparse.Namespace) -> int:
         )
     plan = make_plan(run, inspection.specs, inspection.world_size, machines, lengths)
     changes = search.remedies(plan)
+    ways = report.Ways(changes, [] if plan.fits or changes else larger_machines(plan))
     found = search.search(plan) if parsed.search else None
     if parsed.json:
-        print(json.dumps(report.as_json(plan, changes, found), indent=1))
+        print(json.dumps(report.as_json(plan, ways, found) | {"left_out": unknown}, indent=1))
     else:
-        report.show(plan, changes, found, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH))
+        if unknown:
+            print(
+                f"warning: left out, as no config.json tells their shapes: {', '.join(unknown)}; a key `shape` may name one",
+                file=sys.stderr,
+            )
+        report.show(plan, ways, found, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH))
     return 0 if plan.fits else ConfigError.exit_code
 
 
@@ -80,6 +92,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number of at least 1")
     return int(text)
+
+
+def _gpu(text: str) -> str:
+    """The name of a kind of GPU, or its beginning where no other begins so."""
+    found = [name for name in GPUS if name.startswith(text.lower())]
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected one of {', '.join(found if text and found else sorted(GPUS))}")
+    return found[0]
 
 
 def _rate(text: str) -> float:

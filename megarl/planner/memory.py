@@ -22,6 +22,7 @@ from megarl.planner.shards import Shard, sampler_elements
 SYNC_ROUND_BYTES = 256 << 20  # of `bridge.sync`: at most two rounds of sends and two of receives are buffered
 CPU_KV_CACHE_BYTES = 256 << 20
 SAMPLER_BATCH_TOKENS = 8192  # that vLLM computes at once, on a GPU
+GENERATORS = "generators"  # instead of a phase: what a sampler holds all the time where it has GPUs of its own
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class PhaseMemory:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def words(self) -> str:
+        """When and where."""
+        return "on a generator's own GPU" if self.phase == GENERATORS else f"while {self.phase} on stage {self.stage}"
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ def plan_memory(run: Run, specs: Mapping[str, ModelSpec], layout: ParallelLayout
             if sampler is not None:
                 parts |= sampler.parts(phase)
             phases.append(PhaseMemory(phase, stage, {name: size for name, size in parts.items() if size}))
+    if sampler is not None and not sampler.is_here:
+        phases.append(PhaseMemory(GENERATORS, 0, {name: size for name, size in sampler.awake().items() if size}))
     host = [_host(run, models, stage, offload) for stage in range(layout.pipeline)]
     return MemoryPlan(models, phases, host, offload, 0 if sampler is None else sampler.kv_cache)
 
@@ -206,9 +214,12 @@ class _Sampler:
             kv_cache = 0 if self.sleeps else self.kv_cache
             return {"sampler weights": self.weights, "KV cache": kv_cache, "CUDA graphs": self.graphs, "sync buffers": self.buffers}
         if phase == "generating" or not self.sleeps:
-            work = self.work if phase == "generating" else 0
-            return {"sampler weights": self.weights, "KV cache": self.kv_cache, "CUDA graphs": self.graphs, "sampler's passes": work}
+            return self.awake() | ({} if phase == "generating" else {"sampler's passes": 0})
         return {"CUDA graphs": self.graphs}
+
+    def awake(self) -> dict[str, int]:
+        """What it takes while it generates."""
+        return {"sampler weights": self.weights, "KV cache": self.kv_cache, "CUDA graphs": self.graphs, "sampler's passes": self.work}
 
 
 def kv_bytes_per_token(spec: ModelSpec, tensor: int, precision: str) -> int:

@@ -1,6 +1,7 @@
 """What `megarl plan` prints: tables for a terminal or plain text, and the same numbers as JSON."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -9,37 +10,48 @@ from rich.table import Table
 
 from megarl.planner.batch import batch_of
 from megarl.planner.devices import GIB
+from megarl.planner.larger import Larger
+from megarl.planner.memory import GENERATORS
 from megarl.planner.plan import Plan
 from megarl.planner.search import Candidate
 
 
-def show(plan: Plan, changes: Sequence[Candidate], found: Sequence[Candidate] | None, console: Console) -> None:
+@dataclass(frozen=True)
+class Ways:
+    """What would make a run fit: changes of the run, the fastest first, and where there are none larger machines."""
+
+    changes: Sequence[Candidate] = ()
+    machines: Sequence[Larger] = ()
+
+
+def show(plan: Plan, ways: Ways, found: Sequence[Candidate] | None, console: Console) -> None:
     """Print a plan, its verdict, and what a search found."""
     _memory(plan, console)
     _time(plan, console)
     _assumptions(plan, console)
     if found is not None:
         _ranking(plan, found, console)
-    for line in verdict(plan, changes):
+    for line in verdict(plan, ways):
         console.print(line, markup=False, highlight=False, soft_wrap=True, style="green" if plan.fits else "red")
 
 
-def verdict(plan: Plan, changes: Sequence[Candidate]) -> list[str]:
-    """One line that says whether the run fits, and one a change that would make it fit."""
+def verdict(plan: Plan, ways: Ways) -> list[str]:
+    """One line that says whether the run fits, and one each way that would make it fit."""
     peak, gpu = plan.peak, plan.machines.gpu
-    numbers = f"{_gib(peak.total)} of {_gib(plan.limit_bytes)} usable on {gpu.name}, while {peak.phase} on stage {peak.stage}"
+    numbers = f"{_gib(peak.total)} of {_gib(plan.limit_bytes)} usable on {gpu.name}, {peak.words}"
     if plan.fits:
         return [f"fits: {numbers}"]
     lines = [f"does not fit: {numbers}"]
-    for one in changes[:3]:
-        seconds = one.plan.time.total
-        lines.append(f"  fits with {' '.join(one.overrides)}  ({_gib(one.plan.peak.total)}, {_words(seconds)} a step)")
-    if not changes:
-        lines.append("  no change of layout, recompute, microbatch, sampler or offload helps: more GPUs (--gpus), or larger ones (--gpu)")
-    return lines
+    if not ways.changes:
+        lines.append(
+            "  no change of layout, recompute, microbatch, sampler or offload helps"
+            + ("" if ways.machines else ", nor do more GPUs or larger ones")
+        )
+    told = [(" ".join(one.overrides), one.plan) for one in ways.changes[:3]] + [(one.arguments, one.plan) for one in ways.machines]
+    return lines + [f"  fits with {words}  ({_gib(other.peak.total)}, {_words(other.time.total)} a step)" for words, other in told]
 
 
-def as_json(plan: Plan, changes: Sequence[Candidate], found: Sequence[Candidate] | None) -> dict[str, Any]:
+def as_json(plan: Plan, ways: Ways, found: Sequence[Candidate] | None) -> dict[str, Any]:
     """All numbers of a plan; bytes and seconds."""
     batch = batch_of(plan.run, plan.layout.world_size)
     told: dict[str, Any] = {
@@ -59,7 +71,8 @@ def as_json(plan: Plan, changes: Sequence[Candidate], found: Sequence[Candidate]
         "pipeline_busy": plan.time.busy,
         "assumptions": vars(plan.machines.assumptions),
         "fits": plan.fits,
-        "changes_that_fit": [_candidate(one) for one in changes],
+        "changes_that_fit": [_candidate(one) for one in ways.changes],
+        "machines_that_fit": [{"arguments": one.arguments} | _numbers(one.plan) for one in ways.machines],
     }
     if plan.sync is not None:
         told["sync"] = vars(plan.sync)
@@ -69,9 +82,11 @@ def as_json(plan: Plan, changes: Sequence[Candidate], found: Sequence[Candidate]
 
 
 def _candidate(one: Candidate) -> dict[str, Any]:
-    plan = one.plan
+    return {"overrides": list(one.overrides)} | _numbers(one.plan)
+
+
+def _numbers(plan: Plan) -> dict[str, Any]:
     return {
-        "overrides": list(one.overrides),
         "layout": str(plan.layout),
         "step_s": plan.time.total,
         "tokens_s_gpu": plan.time.tokens_per_gpu,
@@ -87,7 +102,7 @@ def _memory(plan: Plan, console: Console) -> None:
         table.add_column(name, justify=side, overflow="fold")
     for phase in plan.memory.names:
         worst = plan.memory.worst(phase)
-        table.add_row(phase, str(worst.stage), _gib(worst.total), _parts(worst.parts))
+        table.add_row(phase, "" if phase == GENERATORS else str(worst.stage), _gib(worst.total), _parts(worst.parts))
     host = max(plan.memory.host, key=lambda parts: sum(parts.values()))
     table.add_row("host, all phases", str(plan.memory.host.index(host)), _gib(sum(host.values())), _parts(host))
     per_node = min(plan.machines.ranks_per_node, plan.layout.world_size)
@@ -108,7 +123,8 @@ def _time(plan: Plan, console: Console) -> None:
     words["moving"] = "between GPU and host memory"
     for name, seconds in time.seconds.items():
         table.add_row(name, _words(seconds), f"{seconds / time.total:.0%}", words.get(name, ""))
-    sequence = f"{plan.lengths.prompt:g} + {plan.lengths.response:g} tokens a sequence"
+    parts = [f"{tokens:g}" for tokens in (plan.lengths.prompt, plan.lengths.response) if tokens]
+    sequence = f"{' + '.join(parts)} tokens a sequence"
     table.add_row("step", _words(time.total), "", f"{time.tokens_per_gpu:,.0f} tokens/s a GPU on {time.num_gpus} GPUs; {sequence}")
     console.print(table)
 

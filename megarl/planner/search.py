@@ -10,6 +10,7 @@ from typing import Any
 
 from megarl.config import PpoRun, Run
 from megarl.config.section import Section
+from megarl.planner.memory import GENERATORS
 from megarl.planner.plan import Plan, faults_of, make_plan
 
 Changes = Mapping[str, Any]  # dotted keys and their new values
@@ -120,12 +121,13 @@ def _single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
             if tensor > run.rollout.tensor_parallel:
                 yield {"rollout.tensor_parallel": tensor}
         yield {"rollout.kv_cache_bytes": max(1 << 30, plan.memory.kv_cache // 2 >> 30 << 30)}
-    for tensor in _powers(min(plan.machines.ranks_per_node, layout.world_size)):
-        if tensor > parallel.tensor:
-            yield {"parallel.tensor": tensor, "parallel.sequence": True}
-    for pipeline in _powers(layout.world_size):
-        if pipeline > parallel.pipeline:
-            yield {"parallel.pipeline": pipeline, "parallel.virtual_pipeline": 1}
+    tensors, pipelines = _powers(min(plan.machines.ranks_per_node, layout.world_size)), _powers(layout.world_size)
+    for tensor, pipeline in product(tensors, pipelines):
+        if tensor * pipeline < parallel.tensor * parallel.pipeline or (tensor, pipeline) == (parallel.tensor, parallel.pipeline):
+            continue
+        split = {"parallel.tensor": tensor, "parallel.sequence": tensor > 1} if tensor != parallel.tensor else {}
+        stages = {"parallel.pipeline": pipeline, "parallel.virtual_pipeline": 1} if pipeline != parallel.pipeline else {}
+        yield split | stages
     if any(spec.mixture is not None for spec in plan.specs.values()):
         for expert in _powers(layout.stage_size):
             if expert > parallel.expert:
@@ -136,19 +138,35 @@ def _single_changes(plan: Plan) -> Iterator[dict[str, Any]]:
 def search(plan: Plan, most: int = 10) -> list[Candidate]:
     """Layouts of the run on the same ranks that fit, the fastest first.
 
-    Trainer layouts are ranked with everything in host memory that may leave; the best ones are then planned with every sampler and both
-    kinds of `memory.offload`, and the syncs of those that remain by the bridge's planner.
+    Trainer layouts are ranked with everything in host memory that may leave, whatever the sampler takes; the best ones are then planned
+    with every sampler and both kinds of `memory.offload`, and the syncs of those that remain by the bridge's planner.
     """
-    found = _fitting(plan, _trainers(plan))
     if isinstance(plan.run, PpoRun):
-        found = _fitting(plan, (one.changes | other for one in found[: 3 * most] for other in _around(plan)))
+        trainers = _ranked(one for one in _planned(plan, _trainers(plan)) if _fits_training(one.plan))
+        around = [one.changes | other for one in trainers[: 3 * most] for other in _around(plan)]
+        found = _fitting(plan, around)
+    else:
+        found = _fitting(plan, _trainers(plan))
     planned = [replanned(plan, one.changes, with_sync=True) for one in _distinct(found)[:most]]
     return sorted((one for one in planned if one is not None), key=lambda one: one.plan.time.total)
 
 
-def _fitting(plan: Plan, layouts: Iterable[Changes]) -> list[Candidate]:
-    found = [one for changes in layouts if (one := replanned(plan, changes)) is not None and one.plan.fits]
+def _planned(plan: Plan, layouts: Iterable[Changes]) -> Iterator[Candidate]:
+    return (one for changes in layouts if (one := replanned(plan, changes)) is not None)
+
+
+def _ranked(found: Iterable[Candidate]) -> list[Candidate]:
     return sorted(found, key=lambda one: (one.plan.time.total, len(one.changes)))
+
+
+def _fitting(plan: Plan, layouts: Iterable[Changes]) -> list[Candidate]:
+    return _ranked(one for one in _planned(plan, layouts) if one.plan.fits)
+
+
+def _fits_training(plan: Plan) -> bool:
+    """Whether the phases fit in which a sampler that sleeps holds next to nothing."""
+    others = (phase for phase in plan.memory.names if phase not in ("publishing", "generating", GENERATORS))
+    return all(plan.memory.worst(phase).total <= plan.limit_bytes for phase in others)
 
 
 def _distinct(found: Iterable[Candidate]) -> list[Candidate]:

@@ -1,4 +1,4 @@
-"""Plans against two real ranks: what they hold and what they hand to collectives, byte by byte on a tiny model."""
+"""Plans against two real ranks: what they hold and what they hand to collectives, byte by byte on small models."""
 
 import pytest
 
@@ -12,6 +12,7 @@ CASES = (
     Case("tiny", {"distributed_optimizer": False}),
     Case("tiny", {"tensor": 2, "sequence": True}, frozen_layers=1),
     Case("tiny", {"pipeline": 2}),
+    Case("small", {"context": 2}),
 )
 
 
@@ -30,4 +31,7 @@ def test_ranks_hold_and_send_what_the_plan_says(measured, number):
         assert row["ratio"] == pytest.approx(1, abs=0.02), row
     for row in memory_rows(case, ranks):
         assert row["resident_ratio"] == pytest.approx(1, abs=0.02), row
-        assert row["ratio"] > 1 - 2 * TOLERANCE, row  # what a process allocates once weighs much beside a tiny model
+        if case.size == "tiny":  # what a process allocates once weighs much beside it
+            assert row["ratio"] > 1 - 2 * TOLERANCE, row
+        else:
+            assert row["ratio"] == pytest.approx(1, abs=TOLERANCE) and row["passes_ratio"] == pytest.approx(1, abs=2 * TOLERANCE), row
