@@ -81,7 +81,8 @@ class Watch:
     def lost(self, now: float) -> list[int]:
         """Ranks that died a while ago, where others of this host still run: those may wait for them where no closed connection tells."""
         ranks = [record["rank"] for record in self.running()]
-        gone = [rank for rank in ranks if stacks.started(self.records[rank]["pid"]) != self.identities[rank]]
+        begun = {rank: stacks.started(self.records[rank]["pid"]) for rank in ranks}
+        gone = [rank for rank in ranks if not begun[rank] or begun[rank] != self.identities[rank]]
         self.lost_since = (self.lost_since or now) if 0 < len(gone) < len(ranks) else 0.0
         return gone if self.lost_since and now - self.lost_since > LOST_S else []
 

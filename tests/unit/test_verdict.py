@@ -99,10 +99,12 @@ def test_a_monitor_that_stood_still_itself_starts_its_clock_anew(tmp_path, monke
     assert looks == [0, 1, 2, 3, 63, 64, 65, 66, 67, 68] and state.hang
 
 
-def test_ranks_that_wait_for_a_dead_one_are_found_after_a_while(tmp_path):
+@pytest.mark.parametrize("seen", ["12345", ""], ids=["seen alive", "dead before the first look"])
+def test_ranks_that_wait_for_a_dead_one_are_found_after_a_while(tmp_path, seen):
     """In a wait that no closed connection ends; a rank that has left as it should, or one that alone is left, is nothing to wait for."""
     alive, dead = os.getpid(), 2**22 + 1  # no process has such a number
     watch = Watch(tmp_path, Limits())
+    watch.identities[1] = seen
 
     def lost_at(seconds, **phases):
         for rank, pid in ((0, alive), (1, dead)):
@@ -111,7 +113,6 @@ def test_ranks_that_wait_for_a_dead_one_are_found_after_a_while(tmp_path):
         watch.look()
         return watch.lost(NOW + seconds)
 
-    watch.identities[1] = "12345"  # it was seen alive
     assert [lost_at(seconds) for seconds in (0, 3, 5)] == [[], [], [1]]
     assert lost_at(6, rank1="failed") == [1] and lost_at(7, rank1="ended") == []
     assert lost_at(8) == [] and lost_at(13) == [1], "its clock starts anew"
