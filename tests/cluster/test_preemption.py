@@ -56,7 +56,7 @@ def chained(job: Job, ways: list[str], apart: int) -> list[tuple[str, float, flo
     ("steps", "ways"),
     [
         (30, ["requeue", "file", "limit"]),
-        pytest.param(70, [*["requeue", "signal", "file"] * 6, "limit", "signal"], marks=pytest.mark.timeout(2400)),
+        pytest.param(110, [*["requeue", "signal", "file"] * 6, "limit", "signal"], marks=pytest.mark.timeout(2400)),
     ],
     ids=["every way", "twenty times"],
 )
