@@ -98,11 +98,10 @@ class Heartbeat:
 
     def start_step(self, step: int, is_first: bool) -> None:
         """Work on `step` begins; the setup is over with the first."""
-        if self._events is not None and is_first:
+        if is_first:  # on every rank: what a setup takes is the limit of the next one, on every host
             self._finished(self.phase or "setup", time.monotonic() - self._since, True)
-            self._events.write("continue", step=step - 1)
-        elif self._events is not None and step != self.step:
-            self._events.write("step", step=step - 1)
+        if self._events is not None and (is_first or step != self.step):
+            self._events.write("continue" if is_first else "step", step=step - 1)
         self.phase, self.step, self._since = "", step, time.monotonic()
         self._write()
 

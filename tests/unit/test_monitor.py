@@ -1,4 +1,4 @@
-"""The monitor's own process, beside a launcher that is only a shell."""
+"""The monitor's own process, beside a launcher that is only a shell, and what a rank tells it."""
 
 import os
 import signal
@@ -6,6 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
+
+from megarl.operations import heartbeat
 
 LAUNCHER = """
 MEGARL_HEARTBEAT={folder} sleep 100 & echo $!; until [[ $(</proc/$!/comm) == sleep ]]; do :; done; kill -STOP $!
@@ -38,3 +42,15 @@ def test_ranks_that_had_no_heartbeat_yet_go_with_their_launcher_too(tmp_path):
             assert is_alive(other), "another run's"
         finally:
             os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_monitor_of_any_host_learns_what_a_setup_takes(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv(heartbeat.FOLDER, str(tmp_path))
+    with heartbeat.rank_of(tmp_path / "run"):
+        time.sleep(0.02)
+        heartbeat.step(7, is_first=True)
+        record = heartbeat.read(tmp_path / f"rank-{rank}.json")
+    assert record["longest"].keys() == {"setup"} and record["longest"]["setup"] >= 0.02 and record["step"] == 8
