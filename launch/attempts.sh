@@ -29,6 +29,9 @@ NODES_WAIT_S=${MEGARL_NODES_WAIT_S:-900}
 START=${JOB:-$(date +%s)-$$}-${SLURM_RESTART_COUNT:-0}
 
 say() { echo "megarl: $*" >&2; }
+for name in MEGARL_MAX_FRUITLESS MEGARL_LEAD_S MEGARL_NODES_WAIT_S; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || { say "$name is '${!name}'; expected a whole number over 0" && exit 2; }
+done
 ask() { in_container "$MEGARL_PYTHON" -m megarl.operations.attempts "$@"; }
 
 if [[ $# -lt 2 ]]; then
@@ -66,15 +69,21 @@ trap 'drain "SIGTERM"' TERM
 trap 'drain "the time limit comes near"' ALRM
 trap interrupt INT
 
-seconds_left() { # until the job's time limit; nothing without one
+seconds_left() { # until the job's time limit; nothing without one; false when Slurm does not answer
     local end
-    end=$(squeue -h -j "$JOB" -o %e 2>/dev/null) && end=$(date -d "$end" +%s 2>/dev/null) || return 0
+    end=$(SLURM_TIME_FORMAT=standard squeue -h -j "$JOB" -o '%A %e' 2>/dev/null) || return 1
+    end=$(awk -v job="$JOB" '$1 == job { print $2 }' <<<"$end") # the last task of an array has the array's number
+    end=$(date -d "${end:-none}" +%s 2>/dev/null) || return 0
     echo $((end - $(date +%s)))
 }
-watch_the_clock() { # the limit may be moved while the job runs: look again before the end
+watch_the_clock() { # the limit may be moved while the job runs, and Slurm may be too busy to answer: look again before the end
     local left
-    while left=$(seconds_left) && [[ -n $left ]]; do
-        if ((left <= LEAD_S)); then
+    while :; do
+        if ! left=$(seconds_left); then
+            left=$((LEAD_S + 60))
+        elif [[ -z $left ]]; then
+            return
+        elif ((left <= LEAD_S)); then
             kill -ALRM $$
             return
         fi
@@ -83,7 +92,7 @@ watch_the_clock() { # the limit may be moved while the job runs: look again befo
 }
 clock=
 if [[ -n $JOB ]]; then
-    left=$(seconds_left)
+    left=$(seconds_left) || left=
     if [[ -n $left ]] && ((left < 2 * LEAD_S)); then
         LEAD_S=$((left / 2))
         say "the job ends in $left s: the ranks stop $LEAD_S s before"
@@ -96,11 +105,11 @@ trap '[[ -z $clock ]] || kill "$clock" 2>/dev/null || true' EXIT
 # ---------------------------------------------------------------- one attempt
 ranks=
 attempt() { # NUMBER KIND CONFIG ...: the exit code of the ranks
-    local port=$((20000 + (${JOB:-0} * 31 + ${SLURM_RESTART_COUNT:-0} * 7 + $1) % 20000))
+    local port=$((20000 + (${JOB:-0} * 31 + ${SLURM_RESTART_COUNT:-0} * 7 + $1) % 12000)) # below those that the kernel gives away
     shift
     (
         trap '' USR1 ALRM TERM INT # the ranks hear of it through the file; a second Ctrl-C ends them
-        [[ -z $JOB ]] || export MASTER_PORT=$port
+        [[ -z $JOB ]] || export MASTER_PORT=$port MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
         on_nodes --kill-on-bad-exit=1 --wait=60 ${CONTAINER_SRUN[@]+"${CONTAINER_SRUN[@]}"} -- \
             ${CONTAINER_PREFIX[@]+"${CONTAINER_PREFIX[@]}"} bash "$MEGARL_ROOT/launch/torchrun.sh" "$@"
     ) &
@@ -129,7 +138,7 @@ cancel_successors() { # jobs that wait for this one or, in an array, come after 
     local waiting=("$JOB") next
     [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID" || true
     while [[ ${#waiting[@]} -gt 0 ]]; do
-        mapfile -t next < <(squeue -h -t PENDING -o '%A %E' | awk -v ids=" ${waiting[*]} " '
+        mapfile -t next < <(squeue -h -u "$EUID" -t PENDING -o '%A %E' | awk -v ids=" ${waiting[*]} " '
             { n = split($2, parts, /[^0-9]+/); for (i = 1; i <= n; i++) if (parts[i] != "" && index(ids, " " parts[i] " ")) { print $1; next } }')
         [[ ${#next[@]} == 0 ]] || { scancel "${next[@]}" && say "cancelled the jobs that waited for this one: ${next[*]}"; }
         waiting=(${next[@]+"${next[@]}"})
@@ -150,19 +159,25 @@ leave_out() { # JOB AS SLURM SHOWS IT: notes the nodes in RUN/bad_nodes beside t
     fi
 }
 requeue() { # a job that Slurm is ending for another reason is left to it
-    local job
+    local job tries
     job=" $(scontrol show job -o "$JOB") " || true
     leave_out "$job" || return 0
     trap '' TERM USR1 ALRM # Slurm ends this script now, and it has a word to say yet
-    if [[ $job == *" Restarts="* && $job != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
-        : # somebody has done it
-    elif [[ $job == *" JobState=C"* && $job != *" Reason=TimeLimit "* ]]; then # completing, cancelled
-        say "job $JOB was ended from outside: submit it again to continue"
-        return
-    elif ! scontrol requeue "$JOB"; then
-        say "job $JOB cannot be requeued: submit it again to continue"
-        return
-    fi
+    for tries in 3 2 1; do
+        if [[ $job == *" Restarts="* && $job != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+            break # somebody has done it, or Slurm has without an answer
+        elif [[ $job == *" JobState=C"* && $job != *" Reason=TimeLimit "* ]]; then # completing, cancelled
+            say "job $JOB was ended from outside: submit it again to continue"
+            return
+        elif scontrol requeue "$JOB"; then
+            break
+        elif [[ $tries == 1 || $job == *" Requeue=0 "* ]]; then
+            say "job $JOB cannot be requeued: submit it again to continue"
+            return
+        fi
+        sleep 20 # a busy controller answers later
+        job=" $(scontrol show job -o "$JOB") " || true
+    done
     say "job $JOB goes back into the queue and continues there"
     [[ -z $LEFT_OUT ]] || { scontrol update JobId="$JOB" ExcNodeList="$LEFT_OUT" && say "job $JOB leaves out $LEFT_OUT from now on"; } || true
 }

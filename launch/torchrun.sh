@@ -42,7 +42,7 @@ else
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         head=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
-        port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+        port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
         id=${MEGARL_ATTEMPT:-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-${SLURM_STEP_ID:-0}}
     else
         head=${MASTER_ADDR:-} port=${MASTER_PORT:-} id=${MEGARL_RUN_ID:-megarl}

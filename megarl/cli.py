@@ -136,7 +136,9 @@ def _course(parsed: argparse.Namespace) -> int:
             layout = _start(inspection)
             state = _START[parsed.command](run, layout)
             _finish_together(layout)
-    return _conclude(run, state)
+            code = _conclude(run, state)
+            _finish_together(layout)  # srun ends all ranks when one leaves with a code: rank 0 has written by then
+    return code
 
 
 def _conclude(run: Run, state: "TrainState | Answered") -> int:

@@ -51,10 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """torchrun's arguments. Ranks that can be asked to stop get SIGTERM themselves, and are not ended for it."""
+    """torchrun's arguments. Ranks that can be asked to stop get SIGTERM themselves, and are not ended for it; nor for a Ctrl-C where the
+    attempt loop has had this process ignore it."""
     parsed = torchrun.parse_args(arguments)
     if drain.is_wanted():
-        parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        parsed.signals_to_handle = "SIGHUP,SIGQUIT" if ignored else "SIGINT,SIGHUP,SIGQUIT"
         signal.signal(signal.SIGTERM, lambda number, frame: None)
     return parsed
 

@@ -6,6 +6,7 @@ without that host.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -40,14 +41,16 @@ def locate(kind: str, config: Path, overrides: Sequence[str]) -> Path:
 def begin(run: Path, epoch: str) -> str:
     """The attempt `epoch` takes charge of the folder; `fenced`, and nothing done, when its job has been started again since.
 
-    Where somebody had asked the attempt before to stop, its line says so: that one may have been ended before it could.
+    Where somebody had asked the attempt before to stop, its line says so: that one may have been ended before it could. The wish still
+    holds for an attempt of the same start, and not for a later one.
     """
     before = outcome.current(run)
     if is_earlier_start(epoch, before):
         return FENCED
     asked = before if (run / DRAIN).exists() else ""
     outcome.make_current(run, epoch)
-    (run / DRAIN).unlink(missing_ok=True)
+    if before.rpartition("-")[0] != epoch.rpartition("-")[0]:
+        (run / DRAIN).unlink(missing_ok=True)
     EventLog(run / NAME, attempt=epoch).write("attempt", checkpoint=newest_checkpoint(run), bad_hosts=bad_hosts(run), asked=asked)
     return BEGUN
 
@@ -68,6 +71,7 @@ def end(run: Path, epoch: str, exit_code: int, limit: int) -> str:
     """
     if not outcome.is_current(run, epoch):
         return FENCED
+    os.listdir(run)  # network file systems look again when a directory is read: a rank of another host may have written
     found = outcome.read(run)
     if found is None or found.epoch != epoch:
         found = Outcome("retry", epoch, newest_checkpoint(run), f"the ranks ended with exit code {exit_code} and left no word")
@@ -145,6 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"megarl: error: {line}", file=sys.stderr)
         return EXIT_CODES[outcome.kind_of(error)]
+    except OSError as error:
+        print(f"megarl: error: {error.filename} cannot be read or written: {error.strerror}; the run goes on when it can", file=sys.stderr)
+        return EXIT_CODES["retry"]
     return 0
 
 

@@ -50,6 +50,23 @@ class Outcome:
         replace_text(run / NAME, json.dumps(asdict(self), indent=1) + "\n")
         return True
 
+    def write_first(self, run: Path) -> bool:
+        """`write`, unless a rank of the same attempt has written: one of those that fail together wins, whatever a host's cache shows."""
+        before = read(run)
+        if (before is not None and before.epoch == self.epoch) or not is_current(run, self.epoch):
+            return False
+        staging = _staging(run / NAME)
+        staging.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        try:
+            os.link(staging, run / NAME)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            os.replace(staging, run / NAME)
+        finally:
+            staging.unlink(missing_ok=True)
+        return True
+
 
 def read(run: Path) -> Outcome | None:
     """The outcome in the folder of a run; None where there is none, or none that can be read."""
@@ -114,13 +131,10 @@ def recorded(run: Path | None = None) -> Iterator[None]:
 
 
 def _record_failure(run: Path, error: BaseException) -> None:
-    before = read(run)
-    if before is not None and before.epoch == epoch():
-        return
     phase, iteration = heartbeat.where()
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]
     with suppress(OSError):  # the reason is on stderr as well, and a full disk may be the reason
-        Outcome(kind_of(error), epoch(), iteration, reason, rank_from_environment()[0], phase).write(run)
+        Outcome(kind_of(error), epoch(), iteration, reason, rank_from_environment()[0], phase).write_first(run)
 
 
 def record_signal(rank: int, name: str) -> None:
@@ -144,6 +158,10 @@ def record_hang(run: Path, rank: int, phase: str, iteration: int, verdict: str) 
 
 def replace_text(path: Path, text: str) -> None:
     """A reader finds the old text or the new one."""
-    staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    staging = _staging(path)
     staging.write_text(text, encoding="utf-8")
     os.replace(staging, path)
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")

@@ -1,13 +1,19 @@
 """Attempts without a cluster: when a run starts again, when it stops for good, and what Slurm is told by attempts.sh and megarl submit."""
 
+import errno
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megarl import cli
 from megarl.errors import ConfigError, SetupError
 from megarl.operations import attempts, outcome
 from megarl.operations.events import read_events
@@ -58,6 +64,48 @@ def test_ranks_that_stop_since_a_launcher_was_lost_start_again_in_the_same_job(t
     assert ("a launcher was lost (exit code 143)" in outcome.read(tmp_path).reason) == (word == "retry")
 
 
+def test_a_wish_to_stop_outlives_an_attempt_and_not_a_start(tmp_path):
+    attempts.begin(tmp_path, "7-0-1")
+    (tmp_path / "drain").touch()  # by a user, while the attempt was failing by itself
+    assert attempts.end(tmp_path, "7-0-1", 1, 3) == "retry"
+    assert attempts.begin(tmp_path, "7-0-2") == attempts.BEGUN and (tmp_path / "drain").exists()
+    assert attempts.begin(tmp_path, "7-1-1") == attempts.BEGUN and not (tmp_path / "drain").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(outcome, "replace_text", refuse)
+    assert attempts.main(["begin", str(tmp_path), "7-0-1"]) == 75
+    expected = f"megarl: error: {tmp_path}/.attempt cannot be read or written: No space left on device; the run goes on when it can\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_of_ranks_that_fail_together_one_is_heard_whatever_a_host_sees(tmp_path, monkeypatch):
+    """A network file system may go on telling a host that there is no outcome yet, long after a rank of another host has written one."""
+    attempts.begin(tmp_path, "7-0-1")
+    monkeypatch.setenv("MEGARL_ATTEMPT", "7-0-1")
+    with pytest.raises(ValueError), outcome.recorded(tmp_path):
+        raise ValueError("the cause")
+    with monkeypatch.context() as blind:
+        blind.setattr(outcome, "read", lambda run: None)
+        with pytest.raises(ValueError), outcome.recorded(tmp_path):
+            raise ValueError("what it led to")
+    assert outcome.read(tmp_path).reason == "ValueError: the cause"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".attempt", "events.jsonl", "outcome.json"]
+
+
+def test_nobody_leaves_before_the_end_is_written_down(tmp_path, monkeypatch):
+    """srun ends the whole step as soon as a node's ranks have left with a code: the word of rank 0 must be on disk by then."""
+    config, written = tiny_run.write_run(tmp_path, tiny_run.SFT), []
+    run = tmp_path / "runs" / "sft"
+    monkeypatch.setattr(cli, "_start", lambda inspection: run.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setitem(cli._START, "sft", lambda run, layout: SimpleNamespace(step=1))
+    monkeypatch.setattr(cli, "_finish_together", lambda layout: written.append((run / "outcome.json").exists()))
+    assert cli.run(["sft", str(config)]) == 75 and written == [False, True]
+
+
 def test_an_attempt_that_found_a_bad_host_is_not_counted(tmp_path):
     for number, name in enumerate(("n1", "n2", "n3"), 1):
         assert attempts.begin(tmp_path, f"7-{number}-1") == attempts.BEGUN
@@ -89,11 +137,12 @@ def test_an_outcome_that_cannot_be_read_is_none(tmp_path):
 # ---------------------------------------------------------------- what Slurm is told
 COMMANDS = {
     "scontrol": 'case "$1 $2" in "show job") echo "JobId=7 $FAKE_JOB ExcNodeList=${FAKE_OUT:-(null)}" ;;'
-    ' "show hostnames") tr , "\\n" <<<"$3" ;; *) echo "scontrol $*" >>"$FAKE_SAID" ;; esac',
-    "squeue": 'case "$*" in *%e*) date -d "+3 hours" +%FT%T ;; *PENDING*) echo "8 afterok:7(unfulfilled)" ;; esac',
+    ' "show hostnames") tr , "\\n" <<<"$3" ;; *) echo "scontrol $*" >>"$FAKE_SAID"; eval "${FAKE_REQUEUE:-}" ;; esac',
+    "squeue": 'case "$*" in *%e*) eval "${FAKE_BUSY:-}"; date -d "+${FAKE_LEFT:-3 hours}" "+7 %FT%T" ;; *PENDING*) echo "8 afterok:7(unfulfilled)" ;; esac',
     "scancel": 'echo "scancel $*" >>"$FAKE_SAID"',
     "sinfo": "printf 'n1\\nn2\\nn3\\nn4\\n'",
-    "srun": 'case "$*" in *" true") exit 0 ;; esac; echo "srun $* port $MASTER_PORT" >>"$FAKE_SAID"; eval "$FAKE_RANKS"',
+    "srun": 'case "$*" in *" true") exit 0 ;; esac; echo "srun $* at $MASTER_ADDR:$MASTER_PORT" >>"$FAKE_SAID"; eval "$FAKE_RANKS"',
+    "sleep": "exec /bin/sleep 0.1",
     "sbatch": 'echo "sbatch $*" >>"$FAKE_SAID"; [[ -z ${FAKE_REFUSAL:-} ]] || { echo "$FAKE_REFUSAL" >&2; exit 1; }; echo "41;cluster"',
 }
 SAY = 'echo "{\\"outcome\\": \\"%s\\", \\"epoch\\": \\"$MEGARL_ATTEMPT\\", \\"reason\\": \\"x\\"}" >"$MEGARL_RUN/outcome.json"; exit %d'
@@ -117,7 +166,8 @@ def slurm(tmp_path, monkeypatch):
 def run_job(root: Path, ranks: str, **environment: str) -> tuple[int, list[str], str]:
     """launch/attempts.sh as a job; (exit code, what Slurm was told, what it said)."""
     config = tiny_run.write_run(root, tiny_run.SFT)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_PARTITION": "main", "MEGARL_MAX_FRUITLESS": "1"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_PARTITION": "main", "SLURM_JOB_NODELIST": "n1,n2,n4"}
+    job["MEGARL_MAX_FRUITLESS"] = "1"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEGARL_", "SLURM_"))}
     done = subprocess.run(
         ["bash", "launch/attempts.sh", "sft", str(config)],
@@ -128,7 +178,8 @@ def run_job(root: Path, ranks: str, **environment: str) -> tuple[int, list[str],
         timeout=60,
     )
     said = (root / "said").read_text().splitlines()
-    assert said and said[0].startswith("srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 bash"), done.stderr
+    assert said and said[0].startswith("srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 "), done.stderr
+    assert re.search(r" at n1:2\d{4}$", said[0]), "no rank could find the others without Slurm's commands, as in a container"
     return done.returncode, said[1:], done.stderr
 
 
@@ -162,8 +213,89 @@ def test_bad_nodes_end_the_job_where_too_few_remain(slurm):
     assert (code, said) == (75, []) and "needs 3 nodes and main has too few besides n3,n4" in text
 
 
+def test_a_controller_that_is_busy_is_asked_again(slurm):
+    late = '[[ $(grep -c requeue "$FAKE_SAID") == 3 ]] || { echo "Unable to contact slurm controller" >&2; exit 1; }'
+    code, said, text = run_job(slurm, SAY % ("drained", 75), FAKE_REQUEUE=late)
+    assert (code, said) == (75, ["scontrol requeue 7"] * 3) and "goes back into the queue" in text
+
+
+def test_a_job_that_may_not_be_requeued_is_not_asked_for_again(slurm):
+    code, said, text = run_job(slurm, SAY % ("drained", 75), FAKE_JOB=f"Requeue=0 {RUNNING}", FAKE_REQUEUE="exit 1")
+    assert (code, said) == (75, ["scontrol requeue 7"]) and "submit it again" in text
+
+
+def test_the_time_limit_is_seen_by_a_job_whose_controller_did_not_answer_at_first(slurm):
+    busy = 'echo >>"$FAKE_SAID.asked"; (($(wc -l <"$FAKE_SAID.asked") > 3)) || exit 1'
+    ranks = "for i in {1..200}; do [[ ! -s $MEGARL_DRAIN ]] || break; sleep; done; [[ -s $MEGARL_DRAIN ]] || exit 1; "
+    code, said, text = run_job(slurm, ranks + SAY % ("drained", 75), FAKE_LEFT="5 minutes", FAKE_BUSY=busy)
+    assert (code, said) == (75, ["scontrol requeue 7"]) and "the time limit comes near: the ranks stop after this step" in text
+
+
+def test_in_a_container_ranks_find_one_another_without_slurms_commands(slurm):
+    inside = slurm / "bin" / "apptainer"
+    inside.write_text('#!/usr/bin/env bash\nuntil [[ $1 == *.sif ]]; do shift; done\nshift\nPATH=/usr/bin:/bin exec "$@"\n')
+    python = slurm / "python3"
+    python.write_text(
+        f'#!/usr/bin/env bash\n[[ $* == *megarl.launcher* ]] || exec {sys.executable} "$@"\necho "$*" >>"$FAKE_SAID"\n'
+        + SAY % ("done", 0)
+        + "\n"
+    )
+    for path in (inside, python):
+        path.chmod(0o755)
+    ranks = 'while [[ $1 == --* ]]; do shift; done; SLURM_STEP_NUM_NODES=3 SLURM_NODEID=0 "$@"'
+    code, said, text = run_job(slurm, ranks, MEGARL_CONTAINER=str(slurm / "megarl.sif"), MEGARL_PYTHON=str(python))
+    assert code == 0 and re.search(r"--nnodes 3 .*--rdzv-endpoint n1:2\d{4} .*is_host=1.* --module megarl sft", said[0]), text
+
+
+@pytest.mark.parametrize(("name", "value"), [("MEGARL_MAX_FRUITLESS", "none"), ("MEGARL_LEAD_S", "15m"), ("MEGARL_NODES_WAIT_S", "0")])
+def test_settings_that_are_no_numbers_are_one_line(slurm, name, value):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEGARL_", "SLURM_"))}
+    environment = kept | {"MEGARL_VENV": "none", "MEGARL_PYTHON": sys.executable, name: value}
+    done = subprocess.run(["bash", "launch/attempts.sh", "sft", "x.yaml"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"megarl: {name} is '{value}'; expected a whole number over 0\n"
+
+
 def test_no_progress_cancels_the_jobs_that_wait(slurm):
     assert run_job(slurm, SAY % ("retry", 1))[:2] == (93, ["scancel 8"])
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from megarl.operations import drain, outcome
+drain.listen()
+run = Path(os.environ["MEGARL_RUN"])
+(run / "ready").touch()
+for _ in range(300):
+    time.sleep(0.1)
+    if why := drain.reason(0):
+        ended = outcome.ended(3, 8, why)
+        ended.write(run)
+        sys.exit(ended.exit_code)
+"""
+
+
+def test_ctrl_c_stops_the_ranks_after_their_step(tmp_path):
+    """A terminal sends it to the loop, the launcher and the ranks at once."""
+    (tmp_path / "rank_program.py").write_text(RANK)
+    config, run = tiny_run.write_run(tmp_path, tiny_run.SFT), tmp_path / "runs" / "sft"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEGARL_", "SLURM_"))}
+    settings = {"MEGARL_VENV": "none", "MEGARL_PYTHON": sys.executable, "MEGARL_MODULE": "rank_program", "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        ["bash", "launch/attempts.sh", "sft", str(config)],
+        cwd=ROOT,
+        env=kept | settings | {"NPROC": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as loop:
+        deadline = time.monotonic() + 60
+        while not (run / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(loop.pid, signal.SIGINT)
+        _, text = loop.communicate(timeout=60)
+    assert (loop.returncode, outcome.read(run).reason) == (75, "interrupted: stopped after 3 of 8 steps"), text
+    assert "Traceback" not in text
 
 
 # ---------------------------------------------------------------- megarl submit
