@@ -138,7 +138,8 @@ def test_an_outcome_that_cannot_be_read_is_none(tmp_path):
 COMMANDS = {
     "scontrol": 'case "$1 $2" in "show job") echo "JobId=7 $FAKE_JOB ExcNodeList=${FAKE_OUT:-(null)}" ;;'
     ' "show hostnames") tr , "\\n" <<<"$3" ;; *) echo "scontrol $*" >>"$FAKE_SAID"; eval "${FAKE_REQUEUE:-}" ;; esac',
-    "squeue": 'case "$*" in *%e*) eval "${FAKE_BUSY:-}"; date -d "+${FAKE_LEFT:-3 hours}" "+7 %FT%T" ;; *PENDING*) echo "8 afterok:7(unfulfilled)" ;; esac',
+    "squeue": 'case "$*" in *%e*) eval "${FAKE_BUSY:-}"; date -d "+${FAKE_LEFT:-3 hours}" "+7 %FT%T" ;;'
+    ' *PENDING*) echo "8 afterok:7(unfulfilled)" ;; esac',
     "scancel": 'echo "scancel $*" >>"$FAKE_SAID"',
     "sinfo": "printf 'n1\\nn2\\nn3\\nn4\\n'",
     "srun": 'case "$*" in *" true") exit 0 ;; esac; echo "srun $* at $MASTER_ADDR:$MASTER_PORT" >>"$FAKE_SAID"; eval "$FAKE_RANKS"',
