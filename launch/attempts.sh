@@ -50,7 +50,7 @@ on_nodes() { # SRUN OPTIONS... -- COMMAND...
         exec "$@"
     fi
     # shellcheck disable=SC2086 # words on purpose
-    exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 ${MEGARL_SRUN:-} "${options[@]}" "$@"
+    exec srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 ${MEGARL_SRUN:-} "${options[@]}" "$@"
 }
 
 # ---------------------------------------------------------------- stopping in time

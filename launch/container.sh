@@ -17,7 +17,7 @@ esac
 
 in_container() { # COMMAND...: one process, on this node
     if [[ ${#CONTAINER_SRUN[@]} -gt 0 ]]; then
-        srun --nodes=1 --ntasks=1 --overlap "${CONTAINER_SRUN[@]}" "$@"
+        srun --export=ALL --nodes=1 --ntasks=1 --overlap "${CONTAINER_SRUN[@]}" "$@"
     else
         ${CONTAINER_PREFIX[@]+"${CONTAINER_PREFIX[@]}"} "$@"
     fi

@@ -13,12 +13,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarl.check import inspect
+from megarl.check import Inspection, inspect
 from megarl.config_file import to_yaml
+from megarl.cross_check import started_on
 from megarl.errors import ConfigError, SetupError
 from megarl.operations.attempts import BAD_HOSTS_FILE, bad_hosts
 from megarl.run_folder import versions
@@ -28,6 +29,8 @@ SCRIPTS = Path("slurm")
 _STAGE = re.compile(r"^STAGE=(\w+)$", re.MULTILINE)
 _CONFIG = re.compile(r"^CONFIG=\$\{CONFIG:-(\S+)\}$", re.MULTILINE)
 _NAME = re.compile(r"^#SBATCH --job-name=(\S+)$", re.MULTILINE)
+_NODES = re.compile(r"^#SBATCH --nodes=(\d+)\s*$", re.MULTILINE)
+_RANKS = re.compile(r"^export NPROC=\$\{NPROC:-(\d+)\}", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,16 @@ def run_submit(parsed: argparse.Namespace) -> int:
         environment["CONFIG"] = str(frozen)
     logs = output / "logs"
     _make(logs)
-    job = sbatch(request, logs, environment, left_out(request, output))
+    job = sbatch(request, logs, environment, [*left_out(request, output), *exported(request, environment)])
     if is_parsable:
         print(job)
         return 0
-    name = (_NAME.findall(request.script.read_text()) or [request.script.stem])[0]
+    name = option(request.options, "--job-name", "-J") or (_NAME.findall(request.script.read_text()) or [request.script.stem])[0]
+    log = option(request.options, "--output", "-o") or f"{logs / name}-{job}.log"
     print(
         f"job {job}: {request.script}" + (f" with {request.config}, checked and frozen in {environment['CONFIG']}" if request.stage else "")
     )
-    print(f"  follow it                     tail -F {logs / f'{name}-{job}.log'}")
+    print(f"  follow it                     tail -F {log}")
     print(f"  its place in the queue        squeue -j {job}")
     if request.stage:
         print(f"  how it ended                  cat {output / 'outcome.json'}")
@@ -108,7 +112,7 @@ def freeze(request: Request) -> tuple[Path, Path]:
 
     Raises `ConfigError` with everything wrong.
     """
-    inspection = inspect(request.stage, request.config, request.overrides)
+    inspection = inspect_as_job(request)
     for notice in inspection.notices:
         print(f"megarl: warning: {notice}", file=sys.stderr)
     output = Path(inspection.run.output_dir)
@@ -119,6 +123,47 @@ def freeze(request: Request) -> tuple[Path, Path]:
     (folder / "submitted.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     (folder / request.script.name).write_text(request.script.read_text(encoding="utf-8"), encoding="utf-8")
     return folder / "config.yaml", output
+
+
+def inspect_as_job(request: Request) -> Inspection:
+    """The run on the ranks its job will have, where options and script say how many. Raises `ConfigError`."""
+    script = request.script.read_text(encoding="utf-8")
+    nodes = option(request.options, "--nodes", "-N") or next(iter(_NODES.findall(script)), "")
+    ranks = os.environ.get("NPROC") or next(iter(_RANKS.findall(script)), "")
+    if not (nodes.isdigit() and ranks.isdigit()):
+        return inspect(request.stage, request.config, request.overrides)
+    world = int(nodes) * int(ranks)
+    try:
+        inspection = inspect(request.stage, request.config, request.overrides, world)
+        faults = [fault.text for fault in started_on(inspection.run, world)]
+    except ConfigError as error:
+        inspect(request.stage, request.config, request.overrides)  # what is wrong on any number of ranks
+        faults = error.faults
+    if faults:
+        raise ConfigError([*faults, f"{request.script} starts {world} ranks: {nodes} nodes (--nodes) with {ranks} each (NPROC)"])
+    return inspection
+
+
+def option(options: Sequence[str], name: str, letter: str) -> str:
+    """The value of the last option of that name, in any of its four forms; empty without one."""
+    found = ""
+    for word, following in zip(options, [*options[1:], ""]):
+        if word in (name, letter):
+            found = following
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+        elif word.startswith(letter) and not word.startswith("--"):
+            found = word[len(letter) :]
+    return found
+
+
+def exported(request: Request, environment: Mapping[str, str]) -> list[str]:
+    """sbatch's option by which the job hears of its frozen configuration where the user, or the site, does not pass the environment on."""
+    wish = option(request.options, "--export", "--export") or environment.get("SBATCH_EXPORT", "")
+    if not request.stage or not wish or "ALL" in wish.split(","):
+        return []
+    kept = [] if wish in ("NONE", "NIL") else [wish]
+    return [f"--export={','.join([*kept, 'CONFIG=' + environment['CONFIG']])}", *(["--get-user-env"] if wish == "NONE" else [])]
 
 
 def commit() -> str:
@@ -151,7 +196,7 @@ def sbatch(request: Request, logs: Path, environment: dict[str, str], more: Sequ
     log = [] if any(word.startswith(("--output", "-o")) for word in request.options) else [f"--output={logs}/%x-%j.log"]
     arguments = () if request.stage else request.overrides  # the frozen configuration holds them
     options = [word for word in request.options if word != "--parsable"]
-    command = ["sbatch", "--parsable", *log, *more, *options, str(request.script), *arguments]
+    command = ["sbatch", "--parsable", *log, *options, *more, str(request.script), *arguments]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from megarl.errors import ConfigError, SetupError
 from megarl.operations import attempts, outcome
 from megarl.operations.events import read_events
 from megarl.operations.outcome import Outcome
-from megarl.operations.submit import Request, left_out, read_request, sbatch
+from megarl.operations.submit import Request, exported, inspect_as_job, left_out, read_request, sbatch
 from tests.unit import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -179,7 +179,9 @@ def run_job(root: Path, ranks: str, **environment: str) -> tuple[int, list[str],
         timeout=60,
     )
     said = (root / "said").read_text().splitlines()
-    assert said and said[0].startswith("srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 "), done.stderr
+    assert said and said[0].startswith("srun --export=ALL --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 "), (
+        done.stderr
+    )
     assert re.search(r" at n1:2\d{4}$", said[0]), "no rank could find the others without Slurm's commands, as in a container"
     return done.returncode, said[1:], done.stderr
 
@@ -324,10 +326,54 @@ def test_what_sbatch_is_told(slurm, capsys):
     assert left_out(request, run) == ["--exclude=n2,n5"] and "n2, n5 are left out" in capsys.readouterr().err
     assert left_out(Request(script, "sft", None, ("--exclude=n1",), ()), run) == [] and "not left out" in capsys.readouterr().err
     assert sbatch(request, run / "logs", dict(os.environ), left_out(request, run)) == "41"
-    expected = f"sbatch --parsable --output={run}/logs/%x-%j.log --exclude=n2,n5 --time=5 {script}"
+    expected = f"sbatch --parsable --output={run}/logs/%x-%j.log --time=5 --exclude=n2,n5 {script}"
     assert (slurm / "said").read_text() == expected + "\n", "keys are in the frozen configuration"
     with pytest.raises(SetupError, match="--time=5.*invalid partition"):
         sbatch(request, run / "logs", dict(os.environ) | {"FAKE_REFUSAL": "sbatch: error: invalid partition"})
+
+
+@pytest.mark.parametrize(
+    ("options", "site", "expected"),
+    [
+        ((), "", []),
+        (("--export=ALL,A=1",), "NONE", []),
+        (("--export=A=1,PATH",), "", ["--export=A=1,PATH,CONFIG=f.yaml"]),
+        (("--export", "NIL"), "", ["--export=CONFIG=f.yaml"]),
+        ((), "NONE", ["--export=CONFIG=f.yaml", "--get-user-env"]),
+    ],
+)
+def test_a_job_without_the_environment_hears_of_its_configuration(options, site, expected):
+    request = Request(Path("x.sh"), "sft", None, options, ())
+    assert exported(request, {"CONFIG": "f.yaml", "SBATCH_EXPORT": site}) == expected
+
+
+def test_a_job_of_too_many_ranks_is_refused_before_the_queue(tmp_path, monkeypatch):
+    config = tiny_run.write_run(tmp_path, tiny_run.SFT)
+    script = ROOT / "slurm/sft_70b.sh"
+
+    def ranks(*options: str) -> int:
+        return inspect_as_job(Request(script, "sft", config, options, ())).world_size
+
+    monkeypatch.setenv("NPROC", "1")
+    assert [ranks("--nodes=2"), ranks("-N", "1"), ranks("-N1"), ranks("--nodes=2", "--nodes", "1")] == [2, 1, 1, 1]
+    assert ranks("--nodes=1-2") == 1, "the layout's own size where Slurm may choose"
+    monkeypatch.delenv("NPROC")
+    with pytest.raises(ConfigError) as refusal:
+        ranks("--nodes=3")
+    assert refusal.value.faults[-1] == f"{script} starts 24 ranks: 3 nodes (--nodes) with 8 each (NPROC)"
+    with pytest.raises(ConfigError, match="8 ranks, but this run was started on 128"):
+        keys = ("cluster.nodes=1", "cluster.ranks_per_node=8", "parallel.microbatch_size=1", "train.batch_size=128")
+        inspect_as_job(Request(script, "sft", config, (), keys))
+
+
+def test_where_the_log_is_follows_the_options(slurm, tmp_path, monkeypatch, capsys):
+    config = tiny_run.write_run(tmp_path, tiny_run.SFT)
+    monkeypatch.setenv("NPROC", "1")
+    monkeypatch.chdir(ROOT)
+    submit = ["submit", "slurm/sft_70b.sh", f"--config={config}", "--nodes=1"]
+    assert cli.run([*submit, "-J", "mine"]) == 0 and cli.run([*submit, "--output=here.log"]) == 0
+    followed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "follow it" in line]
+    assert followed == [f"{tmp_path}/runs/sft/logs/mine-41.log", "here.log"]
 
 
 def test_attempts_ends_are_lines_of_the_diary(tmp_path):
