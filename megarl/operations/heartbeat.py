@@ -35,6 +35,8 @@ DUMP_SIGNAL = signal.SIGUSR2
 _OWN = os.sep + "megarl" + os.sep
 _DISTRIBUTED = os.path.join("torch", "distributed") + os.sep
 _SITES = 10  # frames of megarl that a record holds
+GPU_WAIT = "its GPU's queue"  # where a rank stands when a collective of NCCL does not end
+_GPU_WAITS = (".item(", ".tolist(", ".cpu(", ".numpy(", ".nonzero(", '.to("cpu"', "synchronize(")
 _PLAIN_WAITS = ("threading.py", "subprocess.py", "selectors.py", "_base.py")
 
 
@@ -158,8 +160,13 @@ class Heartbeat:
 
 
 def collective_of(frame: FrameType | None) -> str:
-    """The exchange with other ranks that a thread is in by its innermost frames: `all_reduce`, `wait`; empty when it is in none."""
+    """The exchange with other ranks that a thread is in by its innermost frames: `all_reduce`, `wait`; empty when it is in none.
+
+    NCCL's collectives return at once; a rank waits for them, and for whatever its GPU does before, where it needs a value.
+    """
     name = ""
+    if frame is not None and _is_on_gpu() and any(word in _line(frame) for word in _GPU_WAITS):
+        return GPU_WAIT
     for _ in range(6):
         if frame is None:
             break
@@ -170,10 +177,20 @@ def collective_of(frame: FrameType | None) -> str:
             name = name or "a collective"
         elif name:
             break
-        elif ".wait(" in linecache.getline(file, frame.f_lineno or 0) and not file.endswith(_PLAIN_WAITS):
+        elif ".wait(" in _line(frame) and not file.endswith(_PLAIN_WAITS):
             return "wait"
         frame = frame.f_back
     return name
+
+
+def _line(frame: FrameType) -> str:
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0)
+
+
+def _is_on_gpu() -> bool:
+    """Whether this process has work on a GPU. Imports nothing."""
+    is_initialized = getattr(sys.modules.get("torch.cuda"), "is_initialized", None)  # torch may be half imported
+    return is_initialized is not None and is_initialized()
 
 
 def sites_of(frame: FrameType | None) -> list[str]:

@@ -150,9 +150,13 @@ def record_signal(rank: int, name: str) -> None:
         Outcome("retry", epoch(), known.iteration, f"rank {rank} was ended by {name}", rank, known.phase).write(run)
 
 
-def record_hang(run: Path, rank: int, phase: str, iteration: int, verdict: str) -> None:
-    """What the node's monitor found, before it ends the ranks."""
+def record_hang(run: Path, rank: int, phase: str, iteration: int, verdict: str, is_certain: bool) -> None:
+    """What the node's monitor found, before it ends the ranks. One that only saw its ranks wait leaves another node's word alone."""
     with suppress(OSError):
+        os.listdir(run)  # network file systems look again when a directory is read
+        before = read(run)
+        if not is_certain and before is not None and before.epoch == epoch() and before.reason.startswith(HANG):
+            return
         Outcome("retry", epoch(), iteration, HANG + verdict, rank, phase).write(run)
 
 

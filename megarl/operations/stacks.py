@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megarl.operations.heartbeat import DUMP_SIGNAL
+from megarl.operations.heartbeat import DUMP_SIGNAL, read
 from megarl.operations.verdict import Process
 
 PY_SPY_S = 3.0
@@ -60,6 +60,20 @@ def flight_records(folder: Path, destination: Path) -> list[Path]:
         with contextlib.suppress(OSError):
             found.append(Path(shutil.copy(path, destination / path.name)))
     return found
+
+
+def keep_flight_records(folder: Path) -> None:
+    """Before the heartbeats of this node's ranks are removed: what torch wrote beside them when a collective of NCCL took too long."""
+    record = next((found for path in folder.glob("rank-*.json") if (found := read(path))), None)
+    written = sorted(folder.glob("nccl-rank-*"))
+    if record is None or not written:
+        return
+    destination = Path(record["run"]) / "hangs"
+    with contextlib.suppress(OSError):
+        destination.mkdir(mode=0o700, exist_ok=True)
+        for path in written:
+            shutil.copy(path, destination / path.name)
+        print(f"megarl: the last collectives of {len(written)} ranks, as NCCL's flight recorders saw them: {destination}", file=sys.stderr)
 
 
 def _dump_one(pid: int, fallback: Callable[[], str]) -> str:

@@ -23,17 +23,15 @@ from typing import Any
 
 from megarl.operations import heartbeat, outcome, stacks
 from megarl.operations.events import NAME, EventLog
-from megarl.operations.verdict import Limits, Suspect, stragglers, suspects
+from megarl.operations.stragglers import TELL_S, Comparison, read_note
+from megarl.operations.verdict import Limits, Suspect, suspects
 
 LOOK_S = 1.0
 ENDING = Limits(floor_s=10.0, factor=3.0)  # what a phase may still take when the job is being ended: Slurm's KillWait is 30 s
 LOST_S = 4.0  # for the other ranks to notice that one has died
 STILL_S = 5.0  # longer than it wanted to sleep: this process stood still itself, as when a whole job is suspended
-TELL_S = 5.0  # between two notes to the other monitors
+DUMPS_S = 20.0  # for the stacks of a node's ranks
 OTHERS_FIRST_S = 5.0  # a host whose ranks all wait lets the host of the guilty one speak first
-WINDOW_STEPS = 3  # stragglers are looked for every so many steps
-STRAGGLER_RATIO, STRAGGLER_S = 2.5, 0.5
-REPEAT_STEPS = 50  # a straggler is named again after so many
 
 
 @dataclass
@@ -53,8 +51,8 @@ class Watch:
     awake_since: float = 0.0  # when this monitor last stood still: what the ranks did before says nothing of them
     lost_since: float = 0.0
     hang: bool = False
-    _marks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank: (step, busy seconds) where the window began
-    _named: dict[int, int] = field(default_factory=dict)  # straggler: the step it was named in
+    comparison: Comparison = field(default_factory=Comparison)
+    _told_steps: dict[int, int] = field(default_factory=dict)
 
     def look(self) -> None:
         """Read the heartbeats; the first one says where the run's folder is."""
@@ -66,7 +64,7 @@ class Watch:
             self.identities.setdefault(record["rank"], stacks.started(record["pid"]))
             if self.run is None:
                 self.run = Path(record["run"])
-                self.before = _note(self._note_path()).get("longest", {})
+                self.before = read_note(self._note_path()).get("longest", {})
 
     def running(self) -> list[dict[str, Any]]:
         """Records of ranks that have not left."""
@@ -101,9 +99,10 @@ class Watch:
         views = {record["rank"]: stacks.look(record["pid"]) for record in running}
         found = suspects(running, views, now)
         attempt = running[0]["attempt"]
-        dumps = {record["rank"]: stacks.dump(record) for record in running}
-        lines = [f"megarl: hang: {suspect.words()} (limit of this phase {limit:.0f} s)" for suspect in found]
         worst = found[0]
+        outcome.record_hang(self.run, worst.rank, worst.phase, max(0, worst.step - 1), worst.words(), worst.is_certain)
+        dumps = self._dumps(running, [suspect.rank for suspect in found])
+        lines = [f"megarl: hang: {suspect.words()} (limit of this phase {limit:.0f} s)" for suspect in found]
         lines += [f"megarl: stack of rank {worst.rank} (pid {worst.pid}):", *_indented(dumps[worst.rank])]
         stated = {
             "host": self.host,
@@ -119,9 +118,15 @@ class Watch:
             lines.append(f"megarl: stacks of all {len(running)} ranks of this host: {path}")
             stacks.flight_records(self.folder, path.parent)
         print("\n".join(lines), file=sys.stderr, flush=True)
-        outcome.record_hang(self.run, worst.rank, worst.phase, max(0, worst.step - 1), worst.words())
         first = {name: value for name, value in worst.to_json().items() if name not in ("sites", "is_certain")}
         self.events().write("hang", attempt=attempt, limit=round(limit, 1), report=str(path), **first)
+        return found
+
+    def _dumps(self, running: Sequence[dict[str, Any]], first: Sequence[int]) -> dict[int, str]:
+        """Stacks by rank, those of the suspects first. Of the rest as many as fit: the job waits for them with its nodes."""
+        found, deadline = {}, time.monotonic() + DUMPS_S
+        for record in sorted(running, key=lambda record: record["rank"] not in first):
+            found[record["rank"]] = stacks.dump(record) if not found or time.monotonic() < deadline else "no time was left for it"
         return found
 
     def kill(self) -> None:
@@ -138,7 +143,10 @@ class Watch:
         """Leave this node's numbers for the other monitors and for the next start."""
         if self.run is None or now - self.told < TELL_S:
             return
-        self.told = now
+        steps = {rank: record["step"] for rank, record in self.records.items()}
+        if steps == self._told_steps:  # many hosts write to one file system, for days
+            return
+        self.told, self._told_steps = now, steps
         ranks = {str(rank): [record["step"], record["busy"]] for rank, record in self.records.items()}
         longest = dict(self.before)
         for record in self.records.values():
@@ -147,38 +155,14 @@ class Watch:
         attempt = next(iter(self.records.values()))["attempt"]
         _write(self._note_path(), {"attempt": attempt, "ranks": ranks, "longest": longest})
 
-    def straggling(self) -> list[str]:
+    def straggling(self, now: float) -> list[str]:
         """Warnings, from the node of rank 0 alone, when some steps have passed since the last look."""
         if 0 not in self.records or self.run is None:
             return []
-        progress = {rank: (record["step"], record["busy"]) for rank, record in self.records.items()}
-        for path in (self.run / "watch").glob("*.json"):
-            note = _note(path)
-            if path != self._note_path() and note.get("attempt") == self.records[0]["attempt"]:
-                progress |= {int(rank): (step, busy) for rank, (step, busy) in note["ranks"].items()}
-        if any(rank not in self._marks or step < self._marks[rank][0] for rank, (step, _) in progress.items()):
-            self._marks = dict(progress)
-            return []
-        if min(step - self._marks[rank][0] for rank, (step, _) in progress.items()) < WINDOW_STEPS:
-            return []
-        busy = {rank: seconds - self._marks[rank][1] for rank, (_, seconds) in progress.items()}
-        step, self._marks = progress[0][0], dict(progress)
-        warnings = []
-        for rank in stragglers(busy, STRAGGLER_RATIO, STRAGGLER_S):
-            if step - self._named.get(rank, -REPEAT_STEPS) >= REPEAT_STEPS:
-                self._named[rank] = step
-                warnings.append(self._straggler(rank, step, busy))
-        return warnings
-
-    def _straggler(self, rank: int, step: int, busy: Mapping[int, float]) -> str:
-        others = sorted(seconds for other, seconds in busy.items() if other != rank)
-        typical = others[len(others) // 2]
-        host = self.records[rank]["host"] if rank in self.records else "another host"
-        self.events().write("straggler", rank=rank, step=step, busy=round(busy[rank], 3), typical=round(typical, 3))
-        return (
-            f"megarl: warning: straggler: rank {rank} ({host}) computed {busy[rank]:.1f} s in the last steps before step {step}, the others"
-            f" {typical:.1f} s and waited for it"
-        )
+        found = self.comparison.stragglers(self._note_path(), self.records, now)
+        for straggler in found:
+            self.events().write("straggler", **straggler.to_json())
+        return [straggler.words() for straggler in found]
 
     def _note_path(self) -> Path:
         return self.run / "watch" / f"{self.host}.json"
@@ -200,7 +184,7 @@ def watch(state: Watch, parent: int) -> Iterator[float]:
             print(f"megarl: the job is being ended, and these cannot stop in time: {'; '.join(late)}", file=sys.stderr, flush=True)
             state.kill()
         state.tell(now)
-        for warning in state.straggling():
+        for warning in state.straggling(now):
             print(warning, file=sys.stderr, flush=True)
         yield now
         lay_down = time.monotonic()
@@ -219,14 +203,6 @@ def _deal_with(state: Watch, late: Sequence[tuple[dict[str, Any], float]], now: 
     if state.is_killing:
         state.kill()
     state.hang = True
-
-
-def _note(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> bool:

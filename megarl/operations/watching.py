@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megarl.errors import ConfigError
+from megarl.operations import stacks
 from megarl.operations.heartbeat import FOLDER
 
 MODE = "MEGARL_WATCH"
@@ -41,6 +42,7 @@ def watched() -> Iterator[None]:
     finally:
         monitor.kill()  # it is deaf to signals that whole jobs get
         monitor.wait()
+        stacks.keep_flight_records(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 

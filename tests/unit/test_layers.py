@@ -28,6 +28,7 @@ LAYERS = {
     "megarl.operations.outcome": 0,
     "megarl.operations.verdict": 0,
     "megarl.operations.stacks": 0,
+    "megarl.operations.stragglers": 0,
     "megarl.operations.watching": 0,
     "megarl.operations.watchdog": 0,
     "megarl.parallel.layout": 0,

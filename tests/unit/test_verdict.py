@@ -2,12 +2,14 @@
 
 import json
 import os
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from megarl.operations import watchdog
+from megarl.operations import heartbeat, outcome, stacks, watchdog
+from megarl.operations.heartbeat import collective_of
 from megarl.operations.verdict import Limits, Process, stragglers, suspects
 from megarl.operations.watchdog import Watch
 
@@ -126,3 +128,82 @@ def test_a_job_that_is_being_ended_does_not_wait_for_what_a_lost_node_holds(tmp_
     assert watch.cannot_stop(NOW) == ["rank 0, 60 s in phase learn of step 7"], "a first save takes as long as it takes"
     watch.records[0] |= {"longest": {"learn": 25.0}}
     assert watch.cannot_stop(NOW) == [], "it may well end in time"
+
+
+def watch_of(folder, run, host, *records):
+    """A monitor that has seen the heartbeats `records`."""
+    folder.mkdir(exist_ok=True)
+    for one in records:
+        said = one | {"run": str(run), "host": host, "stacks": "", "pid": os.getpid(), "attempt": "7-0-1"}
+        (folder / f"rank-{one['rank']}.json").write_text(json.dumps({"busy": 0.0} | said))
+    watch = Watch(folder, host=host)
+    watch.look()
+    return watch
+
+
+def test_the_verdict_is_on_disk_before_stacks_and_outlives_those_of_hosts_that_only_wait(tmp_path, monkeypatch):
+    """srun ends all nodes as soon as one has ended its ranks."""
+    monkeypatch.setenv("MEGARL_ATTEMPT", "7-0-1")
+    run, said = tmp_path / "run", []
+    run.mkdir()
+    monkeypatch.setattr(watchdog.stacks, "dump", lambda record: said.append(outcome.read(run).reason) or "its stack")
+    monkeypatch.setattr(watchdog.stacks, "look", lambda pid: Process("S"))
+    guilty = watch_of(tmp_path / "a", run, "n1", record(0), record(1, pulse=NOW - 50))
+    guilty.report(NOW, 10.0)
+    assert len(said) == 2 and all(text.startswith("hang: rank 1 (host n1") for text in said)
+    watch_of(tmp_path / "b", run, "n2", record(2), record(3)).report(NOW, 10.0)
+    assert outcome.read(run).reason == said[0] and outcome.read(run).rank == 1
+
+
+def test_stacks_take_no_longer_than_they_may(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=NOW, time=time.time, monotonic=lambda: clock.now)
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog.stacks, "dump", lambda record: setattr(clock, "now", clock.now + 15) or "its stack")
+    found = Watch(tmp_path)._dumps([record(rank) for rank in range(8)], first=[5])
+    assert [rank for rank, text in found.items() if text == "its stack"] == [5, 0]
+    assert clock.now - NOW == 30 and len(found) == 8
+
+
+def test_monitors_write_when_there_is_news_and_name_the_host_of_a_straggler(tmp_path):
+    (tmp_path / "run").mkdir()
+    first, second = (watch_of(tmp_path / name, tmp_path / "run", name, record(rank)) for rank, name in enumerate(("n1", "n2")))
+    written, warnings = 0, []
+    for second_of_run in range(120):  # steps of ten seconds
+        for watch, rank, pace in ((first, 0, 0.1), (second, 1, 1.0)):
+            watch.records[rank] |= {"step": second_of_run // 10, "busy": second_of_run * pace}
+            before, now = watch.told, NOW + second_of_run
+            watch.tell(now)
+            written += watch.told != before
+            warnings += watch.straggling(now)
+    assert 20 <= written <= 24, "two hosts in twelve steps, not every five seconds"
+    assert len(warnings) == 1 and "straggler: rank 1 (n2) computed" in warnings[0]
+
+
+class Value:
+    """Stands for a tensor whose kernel does not end."""
+
+    def item(self):
+        return collective_of(sys._getframe().f_back)
+
+
+def test_on_a_gpu_a_rank_waits_where_it_needs_a_value(monkeypatch):
+    assert Value().item() == ""
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    waiting = Value().item()
+    assert waiting == "its GPU's queue"
+    monkeypatch.setattr(heartbeat, "sys", SimpleNamespace(modules={"torch.cuda": SimpleNamespace()}))
+    assert Value().item() == "", "while torch is being imported"
+    at_work = record(2, "", LOOP)
+    (suspect,) = found([record(0, waiting), record(1, waiting), at_work])
+    assert suspect.rank == 2 and not any(suspect.is_certain for suspect in found([record(0, waiting), record(1, waiting)]))
+
+
+def test_what_nccl_wrote_on_a_timeout_of_its_own_is_kept(tmp_path, capfd):
+    run, folder = tmp_path / "run", tmp_path / "heartbeats"
+    run.mkdir()
+    watch_of(folder, run, "n1", record(0))
+    stacks.keep_flight_records(folder)
+    assert not list(run.iterdir())
+    (folder / "nccl-rank-0").write_bytes(b"\x80")
+    stacks.keep_flight_records(folder)
+    assert (run / "hangs" / "nccl-rank-0").read_bytes() == b"\x80" and str(run / "hangs") in capfd.readouterr().err
