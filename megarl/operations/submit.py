@@ -49,7 +49,9 @@ def add_submit(command: argparse.ArgumentParser) -> None:
     command.usage = "megarl submit SCRIPT|CONFIG [--config=FILE] [options of sbatch] [a.b=c ...]"
     command.add_argument("target", metavar="SCRIPT|CONFIG", help="a script of slurm/, or the CONFIG.yaml of the script with its name")
     command.add_argument("--config", type=Path, metavar="FILE", help="a run for SCRIPT other than its own")
-    command.add_argument("words", nargs=argparse.REMAINDER, help="options of sbatch as in --time=1:00:00, and a.b=c as for megarl ppo")
+    command.add_argument(
+        "words", metavar="...", nargs=argparse.REMAINDER, help="options of sbatch as in --time=1:00:00, and a.b=c as for megarl ppo"
+    )
 
 
 def run_submit(parsed: argparse.Namespace) -> int:
@@ -82,7 +84,8 @@ def run_submit(parsed: argparse.Namespace) -> int:
 
 def read_request(target: str, config: Path | None, words: Sequence[str]) -> Request:
     """The request. Raises `ConfigError` for a script that is none, or a configuration without a script of its name."""
-    path = Path(target)
+    path, (named, words) = Path(target), _take_config(words)
+    config = config or named
     if path.suffix in (".yaml", ".yml"):
         if config is not None:
             raise ConfigError(f"found the configurations {path} and {config}; expected one of them, and a script with --config")
@@ -96,15 +99,26 @@ def read_request(target: str, config: Path | None, words: Sequence[str]) -> Requ
         is_value = bool(options) and not rest and re.fullmatch(r"-\w|--[\w-]+", options[-1]) is not None and "=" not in word
         is_value = is_value and options[-1] not in ("--parsable", "--exclusive", "--requeue", "--no-requeue", "--test-only", "--hold")
         (options if word.startswith("-") or is_value else rest).append(word)
-    named = [word.partition("=")[2] for word in options if word.startswith("--config=")]
-    options = [word for word in options if not word.startswith("--config=")]
     stages, configs = _STAGE.findall(text), _CONFIG.findall(text)
     if not stages:
         return Request(path, "", None, tuple(options), tuple(rest))
-    chosen = config or next((Path(name) for name in (*named, os.environ.get("CONFIG", ""), *configs) if name), None)
+    chosen = config or next((Path(name) for name in (os.environ.get("CONFIG", ""), *configs) if name), None)
     if chosen is None:
         raise ConfigError(f"{path} names no configuration (CONFIG=${{CONFIG:-FILE}}): pass one with --config=FILE")
     return Request(path, stages[0], chosen, tuple(options), tuple(rest))
+
+
+def _take_config(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """What --config says after the script, and the other words. Raises `ConfigError` where it says nothing."""
+    value, rest, left = "", [], iter(words)
+    for word in left:
+        if word != "--config" and not word.startswith("--config="):
+            rest.append(word)
+            continue
+        value = word.partition("=")[2] or next(left, "")
+        if not value or value.startswith("-"):
+            raise ConfigError("--config has no value; expected --config=FILE")
+    return (Path(value) if value else None), rest
 
 
 def freeze(request: Request) -> tuple[Path, Path]:

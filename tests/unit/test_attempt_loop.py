@@ -312,9 +312,17 @@ def test_options_of_sbatch_are_told_from_keys(monkeypatch):
     assert read_request("configs/sft_70b.yaml", None, []).script == Path("slurm/sft_70b.sh")
     export = read_request("slurm/export_70b.sh", None, ["--time=5", "runs/a", "out"])
     assert (export.stage, export.options, export.overrides) == ("", ("--time=5",), ("runs/a", "out"))
-    for target, config in (("slurm/none.sh", None), ("configs/quickstart/sft.yaml", Path("other.yaml"))):
+    for words in (["--config=a.yaml", "--time=5"], ["--config", "a.yaml", "--time=5"]):
+        found = read_request("slurm/sft_70b.sh", None, words)
+        assert (found.config, found.options, found.overrides) == (Path("a.yaml"), ("--time=5",), ())
+    for target, words in (
+        ("slurm/none.sh", []),
+        ("configs/sft_70b.yaml", ["--config=other.yaml"]),
+        ("slurm/sft_70b.sh", ["--config"]),
+        ("slurm/sft_70b.sh", ["--config", "--time=5"]),
+    ):
         with pytest.raises(ConfigError):
-            read_request(target, config, [])
+            read_request(target, None, words)
 
 
 def test_what_sbatch_is_told(slurm, capsys):
