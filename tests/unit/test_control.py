@@ -123,6 +123,15 @@ def test_an_address_where_nobody_listens(tmp_path):
         connect(f"unix:{tmp_path / 'nobody'}", new_token(), {})
 
 
+def test_a_socket_is_for_its_owner_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        with Listener.unix(tmp_path / "control", new_token()):
+            assert (tmp_path / "control").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(before)
+
+
 def test_a_path_that_is_too_long_for_a_socket(tmp_path):
     with pytest.raises(RolloutError, match="set TMPDIR to a shorter directory"):
         Listener.unix(tmp_path / ("x" * 120), new_token())
