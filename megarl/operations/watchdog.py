@@ -85,11 +85,17 @@ class Watch:
         return gone if self.lost_since and now - self.lost_since > LOST_S else []
 
     def cannot_stop(self, now: float) -> list[str]:
-        """Ranks of a job that is being ended which will not reach the end of their step, in words: they wait for a node that was lost."""
-        late = self.overdue(now, ENDING) if self.is_ending else []
+        """Ranks of a job that is being ended which will not reach the end of their step, in words: they wait for a node that was lost.
+
+        One that has not begun its first step has nothing to save, and need not try.
+        """
+        if not self.is_ending:
+            return []
+        late = {record["rank"] for record, _ in self.overdue(now, ENDING)}
         return [
             f"rank {record['rank']}, {now - record['since']:.0f} s in phase {record['phase'] or 'between others'} of step {record['step']}"
-            for record, _ in late
+            for record in self.running()
+            if record["rank"] in late or record["phase"].split(" ")[0] == "setup"
         ]
 
     # ---------------------------------------------------------------- a hang
