@@ -5,11 +5,13 @@ Settings, from the environment of the launcher: `MEGARL_WATCH` = kill (a hang en
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,6 +23,7 @@ MODE = "MEGARL_WATCH"
 LIMITS = {"MEGARL_HANG_FLOOR": "--floor", "MEGARL_HANG_FACTOR": "--factor", "MEGARL_HANG_FIRST": "--first"}
 MODES = ("kill", "warn", "off")
 MEMORY = Path("/dev/shm")
+PREFIX, LEFT_S = "megarl-heartbeat-", 10  # after which a folder that nobody holds has been left
 FLIGHT_RECORDER = {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "nccl-rank-", "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": "nccl-pipe-"}
 
 
@@ -31,12 +34,16 @@ def watched() -> Iterator[None]:
     if mode == "off":
         yield
         return
-    folder = Path(tempfile.mkdtemp(prefix="megarl-heartbeat-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=MEMORY if os.access(MEMORY, os.W_OK) else None))
+    hold = os.open(folder, os.O_RDONLY)
+    fcntl.flock(hold, fcntl.LOCK_EX)
+    _sweep(folder.parent)
     os.environ[FOLDER] = str(folder)
     for name, file in FLIGHT_RECORDER.items():
         os.environ.setdefault(name, str(folder / file))
     command = [sys.executable, "-m", "megarl.operations.watchdog", "--folder", str(folder), "--parent", str(os.getpid()), *options]
-    monitor = subprocess.Popen(command + (["--warn-only"] if mode == "warn" else []), stdin=subprocess.DEVNULL)
+    command += ["--warn-only"] if mode == "warn" else []
+    monitor = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[hold])  # it holds the folder too
     try:
         yield
     finally:
@@ -44,6 +51,20 @@ def watched() -> Iterator[None]:
         monitor.wait()
         stacks.keep_flight_records(folder)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(hold)
+
+
+def _sweep(place: Path) -> None:
+    """Remove the folders of launchers that were killed together with their monitors, as Slurm does."""
+    for folder in place.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, held, or just removed
+            found = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > LEFT_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(found)
 
 
 def _settings(environment: Mapping[str, str]) -> tuple[str, list[str]]:

@@ -54,3 +54,36 @@ def test_the_monitor_of_any_host_learns_what_a_setup_takes(tmp_path, monkeypatch
         heartbeat.step(7, is_first=True)
         record = heartbeat.read(tmp_path / f"rank-{rank}.json")
     assert record["longest"].keys() == {"setup"} and record["longest"]["setup"] >= 0.02 and record["step"] == 8
+
+
+WATCHED = """
+import os, time
+from megarl.operations import heartbeat, watching
+watching.LEFT_S, place = 0, {place!r}
+watching.MEMORY = watching.Path(place)
+with watching.watched():
+    print(os.environ[heartbeat.FOLDER], flush=True)
+    time.sleep({seconds})
+"""
+
+
+def test_heartbeats_of_a_launcher_that_was_killed_with_its_monitor_are_swept_and_no_others(tmp_path):
+    """A shared memory that nobody empties: Slurm ends all processes of a step at once."""
+
+    def launcher(seconds: float) -> tuple[subprocess.Popen, Path]:
+        code = WATCHED.format(place=str(tmp_path), seconds=seconds)
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        return process, Path(process.stdout.readline().strip())
+
+    (killed, left), (alive, held) = launcher(100), launcher(100)
+    try:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+        assert left.exists() and held.exists()
+        last, own = launcher(0.1)
+        last.communicate()
+        assert last.returncode == 0 and list(tmp_path.iterdir()) == [held], "its own is gone as well"
+        assert own.parent == tmp_path
+    finally:
+        os.killpg(alive.pid, signal.SIGKILL)
+        alive.communicate()
