@@ -3,6 +3,7 @@
 #   --slow     the slow slice (whole courses, larger worlds) instead of the default selection
 #   --faults   every fault test (kills, disks, damage, exact resume) in full; the default selection has a quick slice of them
 #   --cluster  jobs on a Slurm that the tests start themselves (root, Debian packages: docs/slurm.md)
+# Soaks (random faults, in --faults and --cluster) hit their runs for MEGARL_SOAK_S seconds [60; 120 in a job].
 # Exit code: pytest's; 124 when the whole run takes longer than MEGARL_TEST_TIMEOUT seconds [2400; 7200 for --slow and --faults].
 set -euo pipefail
 
