@@ -12,6 +12,7 @@
 #   MEGARL_PREFLIGHT  look at all nodes before models are loaded: on, off or auto [auto: with several nodes]
 #   MEGARL_WATCH    on a hang: kill, warn or off     [kill]; a phase hangs when it takes MEGARL_HANG_FACTOR [5] times as long as ever
 #                   before and MEGARL_HANG_FLOOR [120] seconds at least; MEGARL_HANG_FIRST [1800] seconds when it never ended before
+#                   (while responses are scored also as long as a reward's own time limit, which ends the run with a better message)
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh" || exit $?

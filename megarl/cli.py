@@ -27,6 +27,7 @@ from megarl.operations.commands import COMMANDS as OPERATIONS
 from megarl.parallel.layout import ParallelLayout
 from megarl.parallel.torchrun import is_torchrun, rank_from_environment
 from megarl.planner import command as planner
+from megarl.rewards.check import patience_s
 from megarl.run_folder import describe_versions, private_umask, write_run_folder
 from megarl.serving import command as serving
 
@@ -132,7 +133,8 @@ def _course(parsed: argparse.Namespace) -> int:
     with outcome.recorded():
         inspection = inspect(parsed.command, Path(parsed.config), parsed.overrides, world_size, is_start=True)
         run = inspection.run
-        with heartbeat.rank_of(run.output_dir), outcome.recorded(run.output_dir):
+        patience = patience_s(run) if isinstance(run, PpoRun | SampleRun) else 0.0
+        with heartbeat.rank_of(run.output_dir, patience), outcome.recorded(run.output_dir):
             layout = _start(inspection)
             state = _START[parsed.command](run, layout)
             _finish_together(layout)

@@ -43,7 +43,16 @@ _PLAIN_WAITS = ("threading.py", "subprocess.py", "selectors.py", "_base.py")
 class Heartbeat:
     """The record of one rank. `run` is the run's folder; `folder` is where the file goes, None for none; rank 0 passes `events`."""
 
-    def __init__(self, rank: int, run: Path, folder: Path | None, attempt: str, events: EventLog | None, faults: Sequence[Fault]):
+    def __init__(
+        self,
+        rank: int,
+        run: Path,
+        folder: Path | None,
+        attempt: str,
+        events: EventLog | None,
+        faults: Sequence[Fault],
+        patience_s: float = 0.0,
+    ):
         self.rank, self.step, self.phase = rank, 0, "setup"
         self._run, self._attempt, self._events, self._faults = run, attempt, events, faults
         self._since = self._waited_from = self._last_pulse = time.monotonic()
@@ -52,6 +61,7 @@ class Heartbeat:
         self._sites: list[str] = []
         self._collective = ""
         self._main = threading.main_thread().ident
+        self._patience_s = patience_s
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._descriptor = -1
         if folder is not None:
@@ -153,6 +163,7 @@ class Heartbeat:
             "collective": self._collective,
             "sites": self._sites,
             "sites_since": self._waited_from,
+            "patience": self._patience_s,
             "busy": round(self._busy, 3),
             "longest": {name: round(seconds, 3) for name, seconds in self._longest.items()},
             "stacks": str(self._stacks),
@@ -216,8 +227,8 @@ def _age_s() -> float:
 
 
 @contextlib.contextmanager
-def rank_of(run: Path) -> Iterator[None]:
-    """Inside the block this process is a rank of the run in the folder `run`.
+def rank_of(run: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Inside the block this process is a rank of the run in the folder `run`, whose scorers may take `patience_s` by limits of their own.
 
     Raises `ConfigError` for a fault hook that is set and not allowed.
     """
@@ -229,7 +240,7 @@ def rank_of(run: Path) -> Iterator[None]:
     if events is not None:
         age = round(_age_s(), 3) if next(_runs) == 0 else 0.0  # the first run of this process begins with its imports
         events.write("start", ranks=world_size, host=socket.gethostname(), pid=os.getpid(), age=age)
-    _current = Heartbeat(rank, run, Path(folder) if folder else None, attempt, events, faults)
+    _current = Heartbeat(rank, run, Path(folder) if folder else None, attempt, events, faults, patience_s)
     _current.meet("setup")
     try:
         yield

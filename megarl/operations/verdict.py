@@ -6,6 +6,8 @@ from typing import Any
 
 STALE_S = 3.0  # a pulse this old: the interpreter does not run
 FAILED = "failed"  # the phase of a rank that an error has ended: all it has to do is leave
+SCORING = {"generate", "score", "evaluate"}  # phases in which responses are scored, or scores waited for
+GRACE_S = 30.0  # beyond the limit of a scorer
 GENERATOR_WAIT = "rollout/control.py"
 
 
@@ -120,6 +122,12 @@ class Limits:
             return self.floor_s
         seen = [longest[phase] for longest in (before, *(record["longest"] for record in records)) if phase in longest]
         return max(self.floor_s, self.factor * max(seen) if seen else self.first_s)
+
+
+def scoring_s(record: Mapping[str, Any]) -> float:
+    """Seconds that a rank may wait for scores: a run's scorers have limits of their own, and end it with a better message."""
+    patience = record.get("patience", 0.0)
+    return patience + GRACE_S if patience > 0 and not SCORING.isdisjoint(record["phase"].split(" ")) else 0.0
 
 
 def stragglers(busy: Mapping[int, float], ratio: float, least_s: float) -> list[int]:

@@ -24,7 +24,7 @@ from typing import Any
 from megarl.operations import heartbeat, outcome, stacks
 from megarl.operations.events import NAME, EventLog
 from megarl.operations.stragglers import TELL_S, Comparison, read_note
-from megarl.operations.verdict import Limits, Suspect, suspects
+from megarl.operations.verdict import Limits, Suspect, scoring_s, suspects
 
 LOOK_S = 1.0
 ENDING = Limits(floor_s=10.0, factor=3.0)  # what a phase may still take when the job is being ended: Slurm's KillWait is 30 s
@@ -72,8 +72,11 @@ class Watch:
 
     def overdue(self, now: float, limits: Limits | None = None) -> list[tuple[dict[str, Any], float]]:
         """Ranks over their phase's limit, with the limit."""
-        records, limits = list(self.records.values()), limits or self.limits
-        found = [(record, limits.of(record["phase"], records, self.before)) for record in self.running()]
+        records, usual = list(self.records.values()), limits is None
+        limits, found = limits or self.limits, []
+        for record in self.running():
+            limit = limits.of(record["phase"], records, self.before)
+            found.append((record, max(limit, scoring_s(record)) if usual else limit))
         return [(record, limit) for record, limit in found if now - max(record["since"], self.awake_since) > limit]
 
     def lost(self, now: float) -> list[int]:

@@ -4,7 +4,7 @@ import os
 import re
 
 from megarl.config import PpoRun, RewardPart
-from megarl.rewards.check import seconds
+from megarl.rewards.check import HOOK_TIMEOUT_S, seconds
 from megarl.rewards.code_tests import CodeTests
 from megarl.rewards.exact import ExactAnswer
 from megarl.rewards.function import FunctionHook, FunctionScorer, load_function
@@ -17,7 +17,6 @@ from megarl.rewards.token import read_token
 
 # Scored by one rank of a replica: they cost much, or the same response may get another score the next time.
 RUN_ONCE = ("function", "http", "math", "code")
-HOOK_TIMEOUT_S = 300.0
 SAMPLING_RANKS = 8  # of a node, each of which may have programs run ahead
 MATH_AT_ONCE, FUNCTION_AT_ONCE = 16, 4096  # responses that one call gets, if so many are finished
 

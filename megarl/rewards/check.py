@@ -34,6 +34,7 @@ MEANING = {
     "path": "the path of a reward model",
 }
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+HOOK_TIMEOUT_S = 300.0
 DEFAULT_TIMEOUT_S = {"function": 300, "http": 300, "math": 5, "code": 10}
 
 
@@ -99,6 +100,13 @@ def split_function(name: str) -> tuple[str, str]:
 def seconds(part: RewardPart) -> float:
     """The part's time limit: its own, or its kind's."""
     return part.timeout_s if part.timeout_s is not None else DEFAULT_TIMEOUT_S[part.kind]
+
+
+def patience_s(run: PpoRun | SampleRun) -> float:
+    """Seconds that a run's own limits leave its slowest scorer for a step's scores; 0 where none waits for others."""
+    limits = {"http": seconds, "function": seconds, "code": lambda part: 0.9 * run.parallel.timeout_s}
+    own = [limits[part.kind](part) for part in run.rewards if part.kind in limits]
+    return max([*own, *([HOOK_TIMEOUT_S] if run.reward_hook is not None else [])], default=0.0)
 
 
 def url_fault(url: str, hosts: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ import yaml
 from megarl import cli
 from megarl.config_file import load_run
 from megarl.rewards.build import build_hook, build_scorer
-from megarl.rewards.check import KNOBS, reward_faults, url_fault
+from megarl.rewards.check import KNOBS, patience_s, reward_faults, url_fault
 from megarl.rewards.scorer import Scorer
 from tests.unit.reward_samples import scorer_rows
 from tests.unit.tiny_run import write_run
@@ -51,6 +51,20 @@ def test_a_wrong_part_is_one_line(tmp_path, capsys, parts):
 def test_a_wrong_hook_is_one_line(tmp_path, capsys):
     assert cli.run(["ppo", str(write_run(tmp_path)), "reward_hook=shape", "--check"]) == 78
     assert capsys.readouterr().err.splitlines() == [f"megarl: error: command line: reward_hook: found 'shape'; expected {FUNCTION}"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "more", "expected"),
+    [
+        ("[{kind: exact}, {kind: math}]", [], 0),
+        ("[{kind: exact}, {kind: http, urls: ['http://127.0.0.1:9/']}]", [], 300),
+        ("[{kind: http, urls: ['http://127.0.0.1:9/'], timeout_s: 50}]", ["reward_hook=math:dist"], 300),
+        ("[{kind: http, urls: ['http://127.0.0.1:9/'], timeout_s: 400}]", ["reward_hook=math:dist"], 400),
+        ("[{kind: code}]", ["parallel.timeout_s=1000"], 900),
+    ],
+)
+def test_what_a_scorer_may_take_by_its_own_limits(tmp_path, parts, more, expected):
+    assert patience_s(load_run("ppo", write_run(tmp_path), [f"rewards={parts}", *more])) == expected
 
 
 def test_every_kind_that_is_no_model_is_built(tmp_path):

@@ -74,6 +74,19 @@ def test_limits_follow_the_longest_phase_of_any_rank_and_start():
     assert limits.of("", records, {}) == 10, "between phases"
 
 
+def test_a_scorer_may_take_what_its_own_limit_says(tmp_path):
+    """A reward server that is gone for minutes is the run's to deal with, and its ranks wait for one another meanwhile."""
+    watch = Watch(tmp_path, Limits(floor_s=10, factor=5))
+
+    def overdue(**changes):
+        watch.records = {0: record(0, longest={"score": 1.0, "learn": 1.0}, **changes)}
+        return [limit for _, limit in watch.overdue(NOW)]  # 60 s into its phase
+
+    assert overdue(phase="score") == [10] and overdue(phase="score", patience=300.0) == []
+    assert overdue(phase="score", patience=300.0, since=NOW - 331) == [330]
+    assert overdue(phase="evaluate score", patience=300.0) == [] and overdue(phase="learn", patience=300.0) == [10]
+
+
 def test_a_rank_that_has_failed_has_little_time_to_leave():
     limits = Limits(floor_s=10, factor=4, first_s=60)
     assert limits.of("failed", [], {}) == 10
