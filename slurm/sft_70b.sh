@@ -15,6 +15,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --exclusive
+# All memory of a node, where the site gives a job less:
+##SBATCH --mem=0
 #SBATCH --output=runs/%x-%j.log
 # Seconds before the end at which the ranks are told: a step and a checkpoint, and a minute. Twice the same number.
 #SBATCH --signal=B:USR1@600
