@@ -90,13 +90,13 @@ class Watch:
     def cannot_stop(self, now: float) -> list[str]:
         """Ranks of a job that is being ended which will not reach the end of their step, in words: they wait for a node that was lost.
 
-        One that has not begun its first step has nothing to save, and need not try.
+        One that has not begun its first step has nothing to save, and need not try. One between phases may be at its last acts.
         """
         if not self.is_ending:
             return []
-        late = {record["rank"] for record, _ in self.overdue(now, ENDING)}
+        late = {record["rank"] for record, _ in self.overdue(now, ENDING) if record["phase"]}
         return [
-            f"rank {record['rank']}, {now - record['since']:.0f} s in phase {record['phase'] or 'between others'} of step {record['step']}"
+            f"rank {record['rank']}, {now - record['since']:.0f} s in phase {record['phase']} of step {record['step']}"
             for record in self.running()
             if record["rank"] in late or record["phase"].split(" ")[0] == "setup"
         ]

@@ -141,6 +141,8 @@ def test_a_job_that_is_being_ended_does_not_wait_for_what_a_lost_node_holds(tmp_
     assert watch.cannot_stop(NOW) == ["rank 0, 60 s in phase learn of step 7"], "a first save takes as long as it takes"
     watch.records[0] |= {"longest": {"learn": 25.0}}
     assert watch.cannot_stop(NOW) == [], "it may well end in time"
+    watch.records[0] |= {"phase": ""}
+    assert watch.cannot_stop(NOW) == [], "it may be writing its checkpoint's end"
     watch.records[1] |= {"phase": "setup load", "since": NOW - 1, "step": 0}
     assert watch.cannot_stop(NOW) == ["rank 1, 1 s in phase setup load of step 0"], "it has nothing to save"
 
