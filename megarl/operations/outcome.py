@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from megarl.errors import ConfigError, DataError, FencedError, LayoutError, WeightMapError
 from megarl.operations import heartbeat
+from megarl.operations.verdict import FAILED
 from megarl.parallel.torchrun import rank_from_environment
 
 NAME, CURRENT = "outcome.json", ".attempt"
@@ -151,11 +152,15 @@ def record_signal(rank: int, name: str) -> None:
 
 
 def record_hang(run: Path, rank: int, phase: str, iteration: int, verdict: str, is_certain: bool) -> None:
-    """What the node's monitor found, before it ends the ranks. One that only saw its ranks wait leaves another node's word alone."""
+    """What the node's monitor found, before it ends the ranks.
+
+    One that only saw its ranks wait leaves another node's word alone; so does one whose rank has failed and does not leave: why it failed
+    is told already.
+    """
     with suppress(OSError):
         os.listdir(run)  # network file systems look again when a directory is read
         before = read(run)
-        if not is_certain and before is not None and before.epoch == epoch() and before.reason.startswith(HANG):
+        if before is not None and before.epoch == epoch() and (phase == FAILED or (not is_certain and before.reason.startswith(HANG))):
             return
         Outcome("retry", epoch(), iteration, HANG + verdict, rank, phase).write(run)
 

@@ -70,21 +70,24 @@ class Watch:
         """Records of ranks that have not left."""
         return [record for _, record in sorted(self.records.items()) if record["phase"] != heartbeat.ENDED]
 
+    def gone(self) -> list[int]:
+        """Ranks whose process has ended without leaving: their launcher's to notice."""
+        begun = {record["rank"]: stacks.started(record["pid"]) for record in self.running()}
+        return [rank for rank, start in begun.items() if not start or start != self.identities.get(rank, start)]
+
     def overdue(self, now: float, limits: Limits | None = None) -> list[tuple[dict[str, Any], float]]:
-        """Ranks over their phase's limit, with the limit."""
-        records, usual = list(self.records.values()), limits is None
+        """Ranks that live and are over their phase's limit, with the limit."""
+        records, usual, gone = list(self.records.values()), limits is None, self.gone()
         limits, found = limits or self.limits, []
-        for record in self.running():
+        for record in (one for one in self.running() if one["rank"] not in gone):
             limit = limits.of(record["phase"], records, self.before)
             found.append((record, max(limit, scoring_s(record)) if usual else limit))
         return [(record, limit) for record, limit in found if now - max(record["since"], self.awake_since) > limit]
 
     def lost(self, now: float) -> list[int]:
         """Ranks that died a while ago, where others of this host still run: those may wait for them where no closed connection tells."""
-        ranks = [record["rank"] for record in self.running()]
-        begun = {rank: stacks.started(self.records[rank]["pid"]) for rank in ranks}
-        gone = [rank for rank in ranks if not begun[rank] or begun[rank] != self.identities[rank]]
-        self.lost_since = (self.lost_since or now) if 0 < len(gone) < len(ranks) else 0.0
+        gone = self.gone()
+        self.lost_since = (self.lost_since or now) if 0 < len(gone) < len(self.running()) else 0.0
         return gone if self.lost_since and now - self.lost_since > LOST_S else []
 
     def cannot_stop(self, now: float) -> list[str]:

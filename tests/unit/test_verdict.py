@@ -79,7 +79,7 @@ def test_a_scorer_may_take_what_its_own_limit_says(tmp_path):
     watch = Watch(tmp_path, Limits(floor_s=10, factor=5))
 
     def overdue(**changes):
-        watch.records = {0: record(0, longest={"score": 1.0, "learn": 1.0}, **changes)}
+        watch.records = {0: record(0, pid=os.getpid(), longest={"score": 1.0, "learn": 1.0}, **changes)}
         return [limit for _, limit in watch.overdue(NOW)]  # 60 s into its phase
 
     assert overdue(phase="score") == [10] and overdue(phase="score", patience=300.0) == []
@@ -134,8 +134,8 @@ def test_ranks_that_wait_for_a_dead_one_are_found_after_a_while(tmp_path, seen):
 
 
 def test_a_job_that_is_being_ended_does_not_wait_for_what_a_lost_node_holds(tmp_path):
-    watch = Watch(tmp_path, Limits())
-    watch.records = {0: record(0, longest={"learn": 2.0}), 1: record(1, phase="save", since=NOW - 60, longest={})}
+    watch, here = Watch(tmp_path, Limits()), {"pid": os.getpid()}
+    watch.records = {0: record(0, longest={"learn": 2.0}, **here), 1: record(1, phase="save", since=NOW - 60, longest={}, **here)}
     assert watch.cannot_stop(NOW) == [], "nobody has asked it to end"
     watch.is_ending = True
     assert watch.cannot_stop(NOW) == ["rank 0, 60 s in phase learn of step 7"], "a first save takes as long as it takes"
@@ -145,6 +145,20 @@ def test_a_job_that_is_being_ended_does_not_wait_for_what_a_lost_node_holds(tmp_
     assert watch.cannot_stop(NOW) == [], "it may be writing its checkpoint's end"
     watch.records[1] |= {"phase": "setup load", "since": NOW - 1, "step": 0}
     assert watch.cannot_stop(NOW) == ["rank 1, 1 s in phase setup load of step 0"], "it has nothing to save"
+
+
+def test_a_rank_that_has_failed_is_no_hang_and_why_it_did_stands(tmp_path, monkeypatch):
+    """All ranks of a host failed; one is gone and its launcher has not noticed yet, one is slow to leave."""
+    monkeypatch.setenv("MEGARL_ATTEMPT", "7-0-1")
+    watch = Watch(tmp_path, Limits(floor_s=4))
+    failed = {"phase": "failed", "since": NOW - 10}
+    watch.records = {0: record(0, pid=2**22 + 1, **failed), 1: record(1, pid=os.getpid(), **failed)}
+    assert [one["rank"] for one, _ in watch.overdue(NOW)] == [1]
+    outcome.Outcome("retry", "7-0-1", 4, "LearningError: the update is skipped").write(tmp_path)
+    outcome.record_hang(tmp_path, 1, "failed", 6, "rank 1 has been in phase failed", True)
+    assert outcome.read(tmp_path).reason == "LearningError: the update is skipped"
+    outcome.record_hang(tmp_path, 1, "learn", 6, "rank 1 is stopped", True)
+    assert outcome.read(tmp_path).reason == "hang: rank 1 is stopped", "others fail since they waited for it"
 
 
 def watch_of(folder, run, host, *records):
