@@ -41,6 +41,7 @@ def strike_at_random(strike: Callable[[str, float], bool], seconds: float, mean_
         struck[action] += strike(action, rng.random())
         moment += rng.expovariate(1 / mean_s)
     time.sleep(max(0.0, begun + seconds - time.monotonic()))
+    assert struck.total(), "nothing was there to be hit"
     return struck
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.operations import heartbeat
+from megarl.operations import heartbeat, watching
 from tests.course.lesson_files import write_files
 from tests.faults.soak import FELT_S, KILL_LAUNCHER, STOP_RANK, half_written, lesson_keys, soak_seconds, strike_at_random, tell
 from tests.faults.started import PATIENT, QUICK, Started, last_hashes, ppo_config, started, write_config
@@ -24,7 +24,6 @@ from tests.faults.started import PATIENT, QUICK, Started, last_hashes, ppo_confi
 SOAK_S, SEED = soak_seconds(60), 1
 MAX_GROWTH = 1.05  # of a rank's memory, the last quarter of a run against its second
 LOOK_S, LOOKS = 0.1, 40  # at least, of a run in peace
-MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -102,7 +101,7 @@ def soaked(
     peaceful, watched = in_peace(stage, *peace(state.steps()), patience)
     assert state.reports() == peaceful.reports() and last_hashes(state.run) == last_hashes(peaceful.run)
     assert half_written(state.run) == []
-    records = [heartbeat.read(path) for path in MEMORY.glob("megarl-heartbeat-*/rank-*.json")]
+    records = [heartbeat.read(path) for path in watching.MEMORY.glob(f"{watching.PREFIX}*/rank-*.json")]
     assert not [record for record in records if record and record["run"] == str(state.run)], "left by a launcher that was killed"
     watched.check(f"{state.steps()} steps of {stage} in peace")
 
