@@ -93,8 +93,8 @@ class Watch:
     def cannot_stop(self, now: float) -> list[str]:
         """Ranks of a job that is being ended which will hardly reach the end of their step, in words.
 
-        Their phase takes far longer than it ever did, as where they wait for a node that was lost. One that has not begun its first step has
-        nothing to save, and need not try. One between phases may be at its last acts.
+        Their phase takes far longer than it ever did, as where they wait for a node that was lost. One that has not begun its first step
+        has nothing to save, and need not try. One between phases may be at its last acts.
         """
         if not self.is_ending:
             return []
